@@ -1,0 +1,109 @@
+"""What the runtime asks of a model family, and the small records that cross the boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+AttentionFn = Callable[..., Tensor]
+"""`attention(q_BLHK, k_BLHK, v_BLHK, *, out=None) -> out_BLHK`; the runtime chooses the backend behind it."""
+
+Predict = Callable[[Tensor, float], Tensor]
+"""`predict(x, sigma) -> velocity`, all in the shape of the state x; sigma runs from 1 (noise) to 0."""
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """What a request gets where the user said nothing. A checkpoint may override them in `sampling_defaults.json`."""
+
+    num_inference_steps: int
+    guidance_scale: float | None
+    height: int
+    width: int
+    max_sequence_length: int
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Component configs of a published checkpoint, so that it can be built at true size without a download."""
+
+    components: Mapping[str, Mapping[str, Any]]  # component -> config.json
+    defaults: Defaults
+
+
+@dataclass(frozen=True)
+class Size:
+    """A picture's size in pixels."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """`embedded` is fed to a guidance-distilled model; `true_cfg` > 1 runs a second, negative branch."""
+
+    embedded: float | None
+    true_cfg: float = 1.0
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Encoded prompts of a batch: named tensors with the batch first."""
+
+    tensors: Mapping[str, Tensor]
+
+    def repeat(self, times: int) -> Condition:
+        """Every prompt `times` times in a row."""
+        return Condition({k: v.repeat_interleave(times, dim=0) for k, v in self.tensors.items()})
+
+
+class Family(Protocol):
+    """A family's pipeline: stateless but for its loaded parts. All tensors live on the parts' device."""
+
+    @classmethod
+    def components(cls) -> Mapping[str, str]:
+        """Component key -> kind: `denoiser`, `vae`, `text_encoder`, `tokenizer` or `scheduler`."""
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Preset]:
+        """Published checkpoints by hub id."""
+
+    @classmethod
+    def build(cls, component: str, config: Mapping[str, Any], attention: AttentionFn, options: Mapping[str, Any]) -> nn.Module:
+        """The native module of a `denoiser` or `vae`, without weights (call it under a meta device)."""
+
+    @classmethod
+    def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+        """Defaults of a checkpoint with these component configs."""
+
+    def __init__(self, parts: Mapping[str, Any]) -> None: ...
+
+    def check(self, size: Size, guidance: Guidance, max_sequence_length: int) -> None:
+        """Raises ValueError for a request this checkpoint cannot honour, naming the field."""
+
+    def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Condition: ...
+
+    def image_tokens(self, size: Size) -> int:
+        """Length of the image sequence the denoiser sees, which dynamic timestep shifting depends on."""
+
+    def noise(self, size: Size, generators: Sequence[torch.Generator]) -> Tensor:
+        """The initial state x, one generator a picture, so that a picture does not depend on its neighbours."""
+
+    def predictor(self, condition: Condition, size: Size, guidance: Guidance) -> Predict: ...
+
+    def decode(self, x: Tensor, size: Size) -> Tensor:
+        """State -> pictures (B, 3, H, W) in [-1, 1]."""
+
+
+@dataclass(frozen=True)
+class ComponentFiles:
+    """Where a component lives: its folder, with `config.json` and safetensors files unless it is a tokenizer."""
+
+    key: str
+    folder: Path

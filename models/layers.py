@@ -1,0 +1,52 @@
+"""Parts that several families share. Parameter names follow the diffusers classes named in each docstring."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SINUSOID_CHANNELS = 256  # of every timestep and guidance embedding
+
+
+def sinusoid(t_B: Tensor, channels: int = SINUSOID_CHANNELS, max_period: float = 10_000.0) -> Tensor:
+    """(B,) -> (B, channels) in fp32: cosines first, then sines, of t times a geometric ladder of frequencies.
+
+    Source: `get_timestep_embedding(flip_sin_to_cos=True, downscale_freq_shift=0)` of diffusers.
+    """
+    half = channels // 2
+    ladder = torch.arange(half, dtype=torch.float32, device=t_B.device) * (-math.log(max_period) / half)
+    angle = t_B.float()[:, None] * torch.exp(ladder)[None]
+    return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with a SiLU between them (`TimestepEmbedding` of diffusers)."""
+
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(channels, width)
+        self.linear_2 = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class RMSNormWeight(nn.Module):
+    """Holds the weight of an RMSNorm that is computed inside a fused kernel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+
+def rotary_table(positions_L: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:
+    """cos and sin (L, width/2) in fp32 of one rotary axis, angles computed in float64.
+
+    Source: RoFormer (Su et al. 2021); `get_1d_rotary_pos_embed` of diffusers without its repeats.
+    """
+    ladder = theta ** (-torch.arange(0, width, 2, dtype=torch.float64, device=positions_L.device) / width)
+    angle = positions_L.double()[:, None] * ladder[None]
+    return angle.cos().float(), angle.sin().float()

@@ -1,0 +1,71 @@
+"""Prompt encoding with the encoders and tokenizers of transformers: ids, padding and which output a model reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class PromptTooLong(ValueError):
+    """A prompt has more tokens than the encoder reads; what would be cut off is named."""
+
+
+def clip_pooled(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tensor:
+    """Pooled CLIP vector (B, C) of each prompt, padded to the tokenizer's length and without a mask.
+
+    A longer prompt is cut at that length, as diffusers does: the pooled vector is a summary, and every family that
+    reads it also reads the whole prompt through a second encoder.
+    """
+    ids = _ids(tokenizer, prompts, tokenizer.model_max_length)
+    return encoder(input_ids=ids.to(encoder.device)).pooler_output
+
+
+def t5_hidden(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -> Tensor:
+    """Last hidden states (B, length, C) of T5, padded to `length` and without a mask: padding is seen, as in training.
+
+    Raises:
+        PromptTooLong: a prompt has more than `length` tokens.
+    """
+    for prompt in prompts:
+        tokens = tokenizer(prompt, truncation=False).input_ids
+        if len(tokens) > length:
+            lost = tokenizer.decode(tokens[length - 1 : -1])
+            raise PromptTooLong(
+                f"max_sequence_length={length}: the prompt has {len(tokens)} tokens; this would be lost: {lost!r}"
+            )
+    ids = _ids(tokenizer, prompts, length)
+    return encoder(input_ids=ids.to(encoder.device))[0]
+
+
+def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
+    batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+    ids: Tensor = batch.input_ids
+    return ids
+
+
+class HashTokenizer:
+    """Stands in for a tokenizer where dummy weights leave nothing to spell: words become ids by a fixed hash."""
+
+    def __init__(self, vocabulary: int, model_max_length: int) -> None:
+        self.vocabulary, self.model_max_length = vocabulary, model_max_length
+
+    def __call__(self, text: str | Sequence[str], **options: Any) -> Any:
+        if isinstance(text, str):
+            return _Batch([self._word(w) for w in text.split()])
+        length = options["max_length"]
+        rows = [([self._word(w) for w in t.split()] + [1] * length)[:length] for t in text]
+        return _Batch(torch.tensor(rows))
+
+    def _word(self, word: str) -> int:
+        return 3 + sum(ord(c) * 31**i for i, c in enumerate(word)) % (self.vocabulary - 4)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(str(i) for i in ids)
+
+
+class _Batch:
+    def __init__(self, input_ids: Any) -> None:
+        self.input_ids = input_ids

@@ -1,0 +1,1 @@
+"""Request -> pictures: load, place, denoise, decode, account. Read `engine.py` first."""

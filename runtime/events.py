@@ -1,0 +1,47 @@
+"""What `Engine.generate` yields while it works. The caller owns progress bars, cancelling and previews. Torch-free."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sgl_diffusion.runtime.output import Output
+    from sgl_diffusion.runtime.report import Report
+
+
+@dataclass(frozen=True)
+class StageStarted:
+    name: str
+
+
+@dataclass(frozen=True)
+class StageFinished:
+    name: str
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """One denoising step of `total` is issued; `step` counts from 1."""
+
+    step: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """Pictures or clips of a request, the files they were saved to, and the receipt."""
+
+    outputs: Sequence[Output]
+    paths: Sequence[Path]
+    report: Report
+
+
+@dataclass(frozen=True)
+class Finished:
+    result: Result
+
+
+Event = StageStarted | StageFinished | StepDone | Finished

@@ -1,0 +1,81 @@
+"""A request with every default filled in, checked before any work begins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgl_diffusion.runtime.args import SamplingParams
+from sgl_diffusion.runtime.errors import UserError
+
+DEFAULT_SEED = 42
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw. `given` holds what the user or the checkpoint's `sampling_defaults.json` said about sampling.
+
+    Picture `i` of a request has prompt `prompts[i // outputs_per_prompt]` and seed `seed + i`.
+    """
+
+    prompts: tuple[str, ...]
+    negative_prompt: str | None
+    outputs_per_prompt: int
+    seed: int
+    given: Mapping[str, Any]
+    diffusers_kwargs: Mapping[str, Any]
+
+    @property
+    def count(self) -> int:
+        return len(self.prompts) * self.outputs_per_prompt
+
+    def prompt_of(self, index: int) -> str:
+        return self.prompts[index // self.outputs_per_prompt]
+
+    def seeds(self) -> list[int]:
+        return [self.seed + i for i in range(self.count)]
+
+
+# fields of SamplingParams that say how to sample, as opposed to what to draw and where to save it
+SAMPLING_FIELDS = (
+    "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "true_cfg_scale",
+    "max_sequence_length", "image_path",
+)  # fmt: skip
+
+
+def resolve_request(params: SamplingParams, checkpoint_defaults: Mapping[str, Any]) -> Request:
+    """Merges the user's parameters over the checkpoint's defaults.
+
+    Raises:
+        UserError: no prompt, an unreadable prompt file, guidance that would have no effect.
+    """
+    if unknown := sorted(set(checkpoint_defaults) - set(SAMPLING_FIELDS)):
+        raise UserError(f"sampling_defaults.json: unknown key {unknown[0]}; expected one of {', '.join(SAMPLING_FIELDS)}")
+    said = {f: getattr(params, f) for f in SAMPLING_FIELDS}
+    given = {**checkpoint_defaults, **{k: v for k, v in said.items() if v not in (None, [], ())}}
+    prompts = _prompts(params)
+    if params.negative_prompt is not None and "true_cfg_scale" in said and (said["true_cfg_scale"] or 0) == 1:
+        raise UserError("negative_prompt: has no effect with true_cfg_scale=1; use a scale above 1")
+    return Request(
+        prompts=prompts,
+        negative_prompt=params.negative_prompt,
+        outputs_per_prompt=params.num_outputs_per_prompt,
+        seed=DEFAULT_SEED if params.seed is None else params.seed,
+        given=given,
+        diffusers_kwargs=params.diffusers_kwargs,
+    )
+
+
+def _prompts(params: SamplingParams) -> tuple[str, ...]:
+    prompts = list(params.prompt or [])
+    if params.prompt_path is not None:
+        try:
+            lines = Path(params.prompt_path).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as e:
+            raise UserError(f"prompt_path={params.prompt_path}: not readable: {e}") from e
+        prompts += [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise UserError("prompt: none given; use --prompt, --prompt-path or the key `prompt` of a config file")
+    return tuple(prompts)

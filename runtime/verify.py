@@ -1,0 +1,168 @@
+"""Native against diffusers on the same checkpoint, seed and settings, stage by stage."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
+from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
+from sgl_diffusion.runtime.engine import Engine
+from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.pipeline import NativePipeline
+from sgl_diffusion.runtime.report import versions
+from sgl_diffusion.runtime.request import resolve_request
+from sgl_diffusion.runtime.trace import Stopwatch
+
+# largest |difference| allowed, relative to the std of diffusers' tensor
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.5, torch.float16: 0.1}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One stage. `max_abs` is absolute; `relative_max` is max_abs over the std of diffusers' tensor; psnr in dB."""
+
+    stage: str
+    shape: tuple[int, ...]
+    max_abs: float
+    relative_max: float
+    relative_l2: float
+    psnr: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class Verification:
+    comparisons: tuple[Comparison, ...]
+    tolerance: float
+    settings: Mapping[str, Any]
+    versions: Mapping[str, Any]
+
+    @property
+    def passed(self) -> bool:
+        return all(c.passed for c in self.comparisons)
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-ready; an infinite PSNR (equal tensors) becomes null."""
+        rows = [{**asdict(c), "psnr": None if math.isinf(c.psnr) else c.psnr} for c in self.comparisons]
+        return {
+            "passed": self.passed,
+            "tolerance": self.tolerance,
+            "settings": dict(self.settings),
+            "versions": dict(self.versions),
+            "stages": rows,
+        }
+
+
+def verify(args: ServerArgs, params: SamplingParams, tolerance: float | None = None) -> Verification:
+    """Runs both backends and compares prompt embeddings, initial latents, timesteps, predictions, latents, pixels.
+
+    Args:
+        tolerance: bound on `relative_max` of every stage; by the denoiser's dtype where None.
+    Raises:
+        UserError: the model has no native implementation, or the request cannot be honoured.
+    """
+    native = Engine.load(args.model_copy(update={"backend": "sglang"}))
+    judge = Engine.load(args.model_copy(update={"backend": "diffusers"}))
+    if not isinstance(native.backend, NativePipeline) or not isinstance(judge.backend, DiffusersPipeline):
+        raise UserError(f"model_path={args.model_path}: load_format={args.load_format} leaves nothing to compare")
+    request = resolve_request(params, native.checkpoint_defaults)
+    # diffusers has defaults of its own: both sides get the native ones, spelled out
+    size, guidance, steps, length = native.backend.prepare(request)
+    given: dict[str, Any] = {"height": size.height, "width": size.width, "num_inference_steps": steps}
+    if "max_sequence_length" in judge.backend.call_arguments:
+        given["max_sequence_length"] = length
+    if guidance.embedded is not None:
+        given["guidance_scale"] = guidance.embedded
+    if guidance.true_cfg > 1:
+        given["true_cfg_scale"] = guidance.true_cfg
+    request = type(request)(**{**request.__dict__, "given": given})
+
+    ours: dict[str, Tensor] = {}
+    _drain(native.backend.run(request, Stopwatch(native.device), lambda name, t: ours.__setitem__(name, t.clone())))
+    with Eavesdropper(judge.backend) as theirs:
+        _drain(judge.backend.run(request, Stopwatch(judge.device)))
+
+    dtype = next(native.backend.parts[k].parameters().__next__().dtype for k in native.backend.attention)
+    bound = TOLERANCE[dtype] if tolerance is None else tolerance
+    middle = f"prediction_{steps // 2}"
+    names = [n for n in ours if not n.startswith("prediction_")]
+    predictions = dict.fromkeys(["prediction_0", middle, f"prediction_{steps - 1}"])
+    at = names.index("final_latents")
+    rows = tuple(_compare(n, ours[n], theirs.seen[n], bound) for n in [*names[:at], *predictions, *names[at:]])
+    settings = {"model": args.model_path, "prompts": list(request.prompts), "seeds": request.seeds(), **given}
+    return Verification(rows, bound, settings, versions(native.device))
+
+
+def _drain(events: Any) -> None:
+    for _ in events:
+        pass
+
+
+def _compare(stage: str, ours: Tensor, theirs: Tensor, bound: float) -> Comparison:
+    if ours.shape != theirs.shape:
+        raise UserError(f"{stage}: shapes differ, {tuple(ours.shape)} natively and {tuple(theirs.shape)} in diffusers")
+    a, b = ours.double().cpu(), theirs.double().cpu()
+    worst = (a - b).abs().max().item()
+    std = b.std().item() if b.numel() > 1 else 0.0
+    scale = std or b.abs().max().item() or 1.0
+    square = (a - b).square().mean().item()
+    peak = (b.max() - b.min()).item() or 1.0
+    return Comparison(
+        stage=stage,
+        shape=tuple(ours.shape),
+        max_abs=worst,
+        relative_max=worst / scale,
+        relative_l2=((a - b).norm() / b.norm().clamp_min(1e-30)).item(),
+        psnr=math.inf if square == 0 else 10 * math.log10(peak**2 / square),
+        passed=worst / scale <= bound,
+    )
+
+
+class Eavesdropper:
+    """Listens to a diffusers pipeline from outside: its denoiser's first inputs, its scheduler's steps, its VAE's output."""
+
+    def __init__(self, backend: DiffusersPipeline) -> None:
+        self.backend = backend
+        self.seen: dict[str, Tensor] = {}
+        self.undo = ExitStack()
+        self.timesteps: list[float] = []
+
+    def __enter__(self) -> Eavesdropper:
+        pipe = self.backend.pipe
+        for denoiser in self.backend.denoisers().values():
+            handle = denoiser.register_forward_pre_hook(self._denoiser_called, with_kwargs=True)
+            self.undo.callback(handle.remove)
+        step, decode = pipe.scheduler.step, pipe.vae.decode
+
+        def heard_step(model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+            self.seen[f"prediction_{len(self.timesteps)}"] = model_output.clone()
+            self.timesteps.append(float(timestep))
+            result = step(model_output, timestep, sample, **kwargs)
+            self.seen["final_latents"] = result[0].clone()
+            return result
+
+        def heard_decode(*args: Any, **kwargs: Any) -> Any:
+            result = decode(*args, **kwargs)
+            self.seen["pixels"] = result[0].clone()
+            return result
+
+        pipe.scheduler.step, pipe.vae.decode = heard_step, heard_decode
+        self.undo.callback(delattr, pipe.scheduler, "step")
+        self.undo.callback(delattr, pipe.vae, "decode")
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.undo.close()
+        self.seen["timesteps"] = torch.tensor(self.timesteps)
+
+    def _denoiser_called(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+        if "initial_latents" not in self.seen:
+            self.seen["initial_latents"] = kwargs["hidden_states"].clone()
+            self.seen.update({k: v.clone() for k, v in kwargs.items() if isinstance(v, Tensor)})
