@@ -1,4 +1,4 @@
-"""Component configs: frozen dataclasses that read a checkpoint's `config.json` and refuse what they do not understand."""
+"""Component configs: frozen dataclasses that read `config.json` and refuse what they do not understand."""
 
 from __future__ import annotations
 

@@ -75,7 +75,13 @@ class Family(Protocol):
         """Published checkpoints by hub id."""
 
     @classmethod
-    def build(cls, component: str, config: Mapping[str, Any], attention: AttentionFn, options: Mapping[str, Any]) -> nn.Module:
+    def build(
+        cls,
+        component: str,
+        config: Mapping[str, Any],
+        attention: AttentionFn,
+        options: Mapping[str, Any],
+    ) -> nn.Module:
         """The native module of a `denoiser` or `vae`, without weights (call it under a meta device)."""
 
     @classmethod

@@ -19,7 +19,15 @@ from sgl_diffusion.kernels.gelu import gelu_tanh
 from sgl_diffusion.kernels.norm_modulate import norm_modulate
 from sgl_diffusion.kernels.qk_norm_rope import qk_norm_rope
 from sgl_diffusion.models.config import demand, read_config
-from sgl_diffusion.models.family import AttentionFn, Condition, Defaults, Guidance, Predict, Preset, Size
+from sgl_diffusion.models.family import (
+    AttentionFn,
+    Condition,
+    Defaults,
+    Guidance,
+    Predict,
+    Preset,
+    Size,
+)
 from sgl_diffusion.models.layers import RMSNormWeight, TimestepEmbedding, rotary_table, sinusoid
 from sgl_diffusion.models.text import clip_pooled, t5_hidden
 from sgl_diffusion.models.vae_kl import AutoencoderKL, VaeConfig
@@ -130,12 +138,18 @@ class DoubleBlock(nn.Module):
     def __init__(self, config: FluxConfig, attention: AttentionFn) -> None:
         super().__init__()
         D = config.width
-        self.heads, self.head_dim, self.attention = config.num_attention_heads, config.attention_head_dim, attention
+        self.heads, self.head_dim, self.attention = (
+            config.num_attention_heads,
+            config.attention_head_dim,
+            attention,
+        )
         self.norm1, self.norm1_context = Modulation(D, 6), Modulation(D, 6)
         self.attn = DoubleAttention(config)
         self.ff, self.ff_context = FeedForward(D), FeedForward(D)
 
-    def forward(self, image_BID: Tensor, text_BTD: Tensor, embedding_BD: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, image_BID: Tensor, text_BTD: Tensor, embedding_BD: Tensor, rotary: Rotary
+    ) -> tuple[Tensor, Tensor]:
         i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2 = self.norm1(embedding_BD)
         t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = self.norm1_context(embedding_BD)
         T, L = text_BTD.shape[1], text_BTD.shape[1] + image_BID.shape[1]
@@ -143,8 +157,20 @@ class DoubleBlock(nn.Module):
 
         a = self.attn
         joint = JointQKV(image_BID, L, self.heads, self.head_dim)
-        joint.write(text_rows, a.add_qkv_proj(norm_modulate(text_BTD, t_scale, t_shift)), a.norm_added_q, a.norm_added_k, rotary)
-        joint.write(image_rows, a.to_qkv(norm_modulate(image_BID, i_scale, i_shift)), a.norm_q, a.norm_k, rotary)
+        joint.write(
+            text_rows,
+            a.add_qkv_proj(norm_modulate(text_BTD, t_scale, t_shift)),
+            a.norm_added_q,
+            a.norm_added_k,
+            rotary,
+        )
+        joint.write(
+            image_rows,
+            a.to_qkv(norm_modulate(image_BID, i_scale, i_shift)),
+            a.norm_q,
+            a.norm_k,
+            rotary,
+        )
         mixed_BLD = self.attention(joint.q, joint.k, joint.v).flatten(2)
 
         image_BID = gate_residual(image_BID, a.to_out[0](mixed_BLD[:, image_rows]), i_gate)
@@ -285,7 +311,13 @@ class Flux1:
         return PRESETS
 
     @classmethod
-    def build(cls, component: str, config: Mapping[str, Any], attention: AttentionFn, options: Mapping[str, Any]) -> nn.Module:
+    def build(
+        cls,
+        component: str,
+        config: Mapping[str, Any],
+        attention: AttentionFn,
+        options: Mapping[str, Any],
+    ) -> nn.Module:
         if component == "transformer":
             return FluxTransformer(read_config(FluxConfig, config), attention)
         return AutoencoderKL(VaeConfig.read(config), attention, **options)
@@ -297,12 +329,19 @@ class Flux1:
     def check(self, size: Size, guidance: Guidance, max_sequence_length: int) -> None:
         for name, pixels in (("height", size.height), ("width", size.width)):
             if pixels % self.patch:
-                down, up = pixels // self.patch * self.patch, (pixels // self.patch + 1) * self.patch
+                down, up = (
+                    pixels // self.patch * self.patch,
+                    (pixels // self.patch + 1) * self.patch,
+                )
                 nearest = f"{down} or {up}" if down else str(up)
                 raise ValueError(f"{name}={pixels}: must be a multiple of {self.patch}; nearest: {nearest}")
         if max_sequence_length > 512:
             raise ValueError(f"max_sequence_length={max_sequence_length}: at most 512")
-        if not self.transformer.config.guidance_embeds and guidance.embedded not in (None, 0.0, 1.0):
+        if not self.transformer.config.guidance_embeds and guidance.embedded not in (
+            None,
+            0.0,
+            1.0,
+        ):
             raise ValueError(
                 f"guidance_scale={guidance.embedded}: this checkpoint has no guidance embedding; "
                 "leave it out, or use negative_prompt with true_cfg_scale"
@@ -328,7 +367,10 @@ class Flux1:
         return _pack(z).to(weight.device)
 
     def predictor(self, condition: Condition, size: Size, guidance: Guidance) -> Predict:
-        text, pooled = condition.tensors["encoder_hidden_states"], condition.tensors["pooled_projections"]
+        text, pooled = (
+            condition.tensors["encoder_hidden_states"],
+            condition.tensors["pooled_projections"],
+        )
         dtype, device = self.transformer.x_embedder.weight.dtype, text.device
         text, pooled = text.to(dtype), pooled.to(dtype)
         rows, columns = size.height // self.patch, size.width // self.patch
@@ -368,7 +410,9 @@ def _unpack(x_BIC: Tensor, rows: int, columns: int) -> Tensor:
 # -- presets: published configs, for dummy weights at true size -------------------
 
 DEV_DEFAULTS = Defaults(num_inference_steps=50, guidance_scale=3.5, height=1024, width=1024, max_sequence_length=512)
-SCHNELL_DEFAULTS = Defaults(num_inference_steps=4, guidance_scale=None, height=1024, width=1024, max_sequence_length=256)
+SCHNELL_DEFAULTS = Defaults(
+    num_inference_steps=4, guidance_scale=None, height=1024, width=1024, max_sequence_length=256
+)
 
 _TRANSFORMER = {
     "in_channels": 64,

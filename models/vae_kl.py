@@ -69,7 +69,10 @@ class GroupNorm(nn.Module):
 
     def __init__(self, groups: int, channels: int, *, silu: bool) -> None:
         super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.weight, self.bias = (
+            nn.Parameter(torch.ones(channels)),
+            nn.Parameter(torch.zeros(channels)),
+        )
         self.groups, self.silu = groups, silu
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
@@ -162,7 +165,14 @@ class Encoder(nn.Module):
         widths, groups = config.block_out_channels, config.norm_num_groups
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.down_blocks = nn.ModuleList(
-            Stage(widths[max(i - 1, 0)], w, config.layers_per_block, groups, up=False, last=i == len(widths) - 1)
+            Stage(
+                widths[max(i - 1, 0)],
+                w,
+                config.layers_per_block,
+                groups,
+                up=False,
+                last=i == len(widths) - 1,
+            )
             for i, w in enumerate(widths)
         )
         self.mid_block = MidBlock(config, attention)
@@ -185,7 +195,14 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
         self.mid_block = MidBlock(config, attention)
         self.up_blocks = nn.ModuleList(
-            Stage(widths[max(i - 1, 0)], w, config.layers_per_block + 1, groups, up=True, last=i == len(widths) - 1)
+            Stage(
+                widths[max(i - 1, 0)],
+                w,
+                config.layers_per_block + 1,
+                groups,
+                up=True,
+                last=i == len(widths) - 1,
+            )
             for i, w in enumerate(widths)
         )
         self.conv_norm_out = GroupNorm(groups, widths[-1], silu=True)

@@ -15,7 +15,13 @@ from sgl_diffusion.runtime.errors import UserError
 
 EMBEDDED = "embedded"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-CONFIG_NAMES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json", "processor_config.json")
+CONFIG_NAMES = (
+    "config.json",
+    "scheduler_config.json",
+    "tokenizer_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+)
 # never *.bin or *.ckpt: pickles run code
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
@@ -52,7 +58,9 @@ def open_checkpoint(model_path: str, revision: str | None, component_paths: Mapp
     root = _resolve("model_path", model_path, revision, whole=True)
     index_file = root / "model_index.json"
     if not index_file.is_file():
-        raise UserError(f"model_path={model_path}: no model_index.json in it; expected a diffusers-format folder or hub id")
+        raise UserError(
+            f"model_path={model_path}: no model_index.json in it; expected a diffusers-format folder or hub id"
+        )
     index = read_json(index_file)
     if "_class_name" not in index:
         raise UserError(f"{index_file}: no _class_name in it; expected a diffusers-format model_index.json")
@@ -60,7 +68,9 @@ def open_checkpoint(model_path: str, revision: str | None, component_paths: Mapp
     folders = {k: root / k for k in keys}
     for key, path in component_paths.items():
         if key not in folders:
-            raise UserError(f"{key}_path={path}: {model_path} has no component {key!r}; its components: {', '.join(keys)}")
+            raise UserError(
+                f"{key}_path={path}: {model_path} has no component {key!r}; its components: {', '.join(keys)}"
+            )
         folders[key] = _component_folder(key, path)
     for key, folder in folders.items():
         if not folder.is_dir():
@@ -97,21 +107,37 @@ def _resolve(field_name: str, path: str, revision: str | None, *, whole: bool) -
 
 def _from_hub(field_name: str, repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     at = f" at revision {revision}" if revision else ""
     try:
         # whole safetensors repositories only: variants (fp16, ema) would double the download
         patterns = [*HUB_FILES, "*/*.safetensors", "*.safetensors"]
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns, ignore_patterns=["*.fp16.*", "*.ema.*", "*/flax_*"]))
+        return Path(
+            snapshot_download(
+                repo,
+                revision=revision,
+                allow_patterns=patterns,
+                ignore_patterns=["*.fp16.*", "*.ema.*", "*/flax_*"],
+            )
+        )
     except GatedRepoError as e:
         raise UserError(f"{field_name}={repo}: access is gated; accept its terms on the hub and set HF_TOKEN") from e
     except RevisionNotFoundError as e:
         raise UserError(f"revision={revision}: {repo} has no such revision") from e
     except LocalEntryNotFoundError as e:
-        raise UserError(f"{field_name}={repo}: not in the local cache{at} and the hub cannot be reached (or HF_HUB_OFFLINE is set)") from e
+        raise UserError(
+            f"{field_name}={repo}: not in the local cache{at} and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        ) from e
     except HfHubHTTPError as e:
-        raise UserError(f"{field_name}={repo}: the hub answered {e.response.status_code if e.response else e}{at}") from e
+        raise UserError(
+            f"{field_name}={repo}: the hub answered {e.response.status_code if e.response else e}{at}"
+        ) from e
     except OSError as e:
         raise UserError(f"{field_name}={repo}: cannot be fetched{at}: {str(e).splitlines()[0]}") from e
 
@@ -120,7 +146,9 @@ def _from_modelscope(field_name: str, repo: str, revision: str | None) -> Path:
     try:
         from modelscope import snapshot_download
     except ImportError as e:
-        raise UserError("SGLANG_USE_MODELSCOPE is set: needs the package modelscope (pip install 'sgl-diffusion[modelscope]')") from e
+        raise UserError(
+            "SGLANG_USE_MODELSCOPE is set: needs the package modelscope (pip install 'sgl-diffusion[modelscope]')"
+        ) from e
     try:
         return Path(snapshot_download(repo, revision=revision))
     except (OSError, ValueError) as e:

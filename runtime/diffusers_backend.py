@@ -6,8 +6,8 @@ import difflib
 import inspect
 import queue
 import threading
-from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +61,11 @@ class DiffusersPipeline:
         self.pipe = _load(checkpoint, args, plan, pipeline_class)
         self.pipe.set_progress_bar_config(disable=True)
         self.call_arguments = {
-            name: p for name, p in inspect.signature(self.pipe.__call__).parameters.items() if p.kind is not p.VAR_KEYWORD
+            name: p
+            for name, p in inspect.signature(self.pipe.__call__).parameters.items()
+            if p.kind is not p.VAR_KEYWORD
         }
+        self.draws_video = "num_frames" in self.call_arguments
         self.attention = self._set_attention(args)
         self.tile = self._tile_size(args)
         if plan.vae_slicing:
@@ -87,7 +90,9 @@ class DiffusersPipeline:
                 used[key] = "native"
                 continue
             if not hasattr(module, "set_attention_backend"):
-                raise UserError(f"diffusers_attention_backend={backend}: {type(module).__name__} has no choice of attention")
+                raise UserError(
+                    f"diffusers_attention_backend={backend}: {type(module).__name__} has no choice of attention"
+                )
             try:
                 module.set_attention_backend(backend)
             except (ValueError, ImportError, RuntimeError) as e:
@@ -97,7 +102,10 @@ class DiffusersPipeline:
                 continue
             module = getattr(self.pipe, key)
             if backend not in IMPLEMENTATIONS or not hasattr(module, "set_attn_implementation"):
-                raise UserError(f"component_attention_backends.{key}={backend}: expected one of {', '.join(IMPLEMENTATIONS)} on a text encoder")
+                raise UserError(
+                    f"component_attention_backends.{key}={backend}: "
+                    f"expected one of {', '.join(IMPLEMENTATIONS)} on a text encoder"
+                )
             module.set_attn_implementation(IMPLEMENTATIONS[backend])
         for key, kind in self.kinds.items():
             if kind == "text_encoder":
@@ -111,7 +119,10 @@ class DiffusersPipeline:
         getattr(vae, method)()
 
     def _tile_size(self, args: ServerArgs) -> tuple[int, int] | None:
-        height, width = args.vae_config.tile_sample_min_height, args.vae_config.tile_sample_min_width
+        height, width = (
+            args.vae_config.tile_sample_min_height,
+            args.vae_config.tile_sample_min_width,
+        )
         if height is None and width is None:
             return None
         vae = getattr(self.pipe, "vae", None)
@@ -120,9 +131,14 @@ class DiffusersPipeline:
             vae.tile_sample_min_width = width or vae.tile_sample_min_width
             return vae.tile_sample_min_height, vae.tile_sample_min_width
         if not hasattr(vae, "tile_sample_min_size"):
-            raise UserError(f"vae_config.tile_sample_min_height={height}: the VAE of {self.pipeline_class} has no tiles")
+            raise UserError(
+                f"vae_config.tile_sample_min_height={height}: the VAE of {self.pipeline_class} has no tiles"
+            )
         if height != width:
-            raise UserError(f"vae_config.tile_sample_min_height={height}: this VAE has square tiles; give the same tile_sample_min_width")
+            raise UserError(
+                f"vae_config.tile_sample_min_height={height}: this VAE has square tiles; "
+                "give the same tile_sample_min_width"
+            )
         vae.tile_latent_min_size = int(height * vae.tile_latent_min_size / vae.tile_sample_min_size)
         vae.tile_sample_min_size = height
         return height, width
@@ -150,7 +166,7 @@ class DiffusersPipeline:
         """
         arguments: dict[str, Any] = {}
         for name, value in request.given.items():
-            if name in NOT_CALL_ARGUMENTS:
+            if name in NOT_CALL_ARGUMENTS and self.draws_video:
                 continue
             call_name = CALL_NAMES.get(name, name)
             if call_name not in self.call_arguments:
@@ -219,7 +235,13 @@ class DiffusersPipeline:
             raise _explained(failure[0], self.pipeline_class)
         return outcome[0]
 
-    def _call(self, request: Request, arguments: Mapping[str, Any], watch: Stopwatch, emit: Callable[[Event], None]) -> list[Pixels]:
+    def _call(
+        self,
+        request: Request,
+        arguments: Mapping[str, Any],
+        watch: Stopwatch,
+        emit: Callable[[Event], None],
+    ) -> list[Pixels]:
         count_argument = next((a for a in COUNT_ARGUMENTS if a in self.call_arguments), None)
         generators = [torch.Generator().manual_seed(s) for s in request.seeds()]
         batches: list[tuple[list[str], list[torch.Generator], int]] = []
@@ -250,13 +272,35 @@ class DiffusersPipeline:
         vae = getattr(self.pipe, "vae", None)
         return {
             "attention": dict(self.attention),
-            "precision": {k: dtype_name(getattr(self.pipe, k).dtype) for k, kind in self.kinds.items() if kind in ("denoiser", "vae", "text_encoder")},
-            "vae": {"tiling": bool(getattr(vae, "use_tiling", False)), "slicing": bool(getattr(vae, "use_slicing", False)), "tile": self.tile},
+            "precision": {
+                k: dtype_name(getattr(self.pipe, k).dtype)
+                for k, kind in self.kinds.items()
+                if kind in ("denoiser", "vae", "text_encoder")
+            },
+            "vae": {
+                "tiling": bool(getattr(vae, "use_tiling", False)),
+                "slicing": bool(getattr(vae, "use_slicing", False)),
+                "tile": self.tile,
+            },
             "compile": self.compiled,
             "scheduler": type(self.pipe.scheduler).__name__,
             "call": {k: v for k, v in request.given.items() if k not in NOT_CALL_ARGUMENTS},
             "diffusers_kwargs": dict(request.diffusers_kwargs),
         }
+
+
+@contextmanager
+def replaced(owner: Any, method: str, stand_in: Callable[..., Any]) -> Iterator[None]:
+    """Lets `stand_in` answer for a method of one object, and puts back what answered before."""
+    before = vars(owner).get(method)
+    setattr(owner, method, stand_in)
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(owner, method)
+        else:
+            setattr(owner, method, before)
 
 
 class _Stages:
@@ -296,8 +340,7 @@ class _Stages:
             finally:
                 self._close(stage)
 
-        setattr(owner, method, timed)
-        self.undo.callback(delattr, owner, method)
+        self.undo.enter_context(replaced(owner, method, timed))
 
     def _denoiser_called(self, module: torch.nn.Module, args: Any) -> None:
         self._start("denoising")
@@ -324,6 +367,7 @@ class _Stages:
 
 
 def _load(checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_class: str) -> Any:
+    diffusers.utils.logging.disable_progress_bar()  # the caller shows progress
     options: dict[str, Any] = {}
     for key in args.component_paths:
         options[key] = _component(checkpoint, key, plan)
@@ -336,13 +380,22 @@ def _load(checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_class: 
     elif (cls := getattr(diffusers, pipeline_class, None)) is None:
         near = difflib.get_close_matches(pipeline_class, [n for n in dir(diffusers) if n.endswith("Pipeline")], n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UserError(f"pipeline_class_name={pipeline_class}: diffusers {diffusers.__version__} has no such class{hint}")
-    dtypes: dict[str, torch.dtype] = {"default": next(iter(plan.dtypes.values()), torch.float32), **plan.dtypes}
+        raise UserError(
+            f"pipeline_class_name={pipeline_class}: diffusers {diffusers.__version__} has no such class{hint}"
+        )
+    dtypes: dict[str, torch.dtype] = {
+        "default": next(iter(plan.dtypes.values()), torch.float32),
+        **plan.dtypes,
+    }
     try:
-        pipe = cls.from_pretrained(checkpoint.root, torch_dtype=dtypes, use_safetensors=True, local_files_only=True, **options)
+        pipe = cls.from_pretrained(
+            checkpoint.root, dtype=dtypes, use_safetensors=True, local_files_only=True, **options
+        )
         return pipe.to(plan.device)
     except (SafetensorError, OSError, ValueError, TypeError, ImportError) as e:
-        raise UserError(f"model_path={checkpoint.name}: diffusers cannot load it: {' '.join(str(e).split())[:400]}") from e
+        raise UserError(
+            f"model_path={checkpoint.name}: diffusers cannot load it: {' '.join(str(e).split())[:400]}"
+        ) from e
 
 
 def _component(checkpoint: Checkpoint, key: str, plan: Plan) -> Any:
@@ -352,7 +405,7 @@ def _component(checkpoint: Checkpoint, key: str, plan: Plan) -> Any:
     cls = getattr(module, class_name, None)
     if cls is None:
         raise UserError(f"{key}_path={checkpoint.folders[key]}: {library} has no class {class_name}")
-    dtype = {"torch_dtype": plan.dtypes[key]} if key in plan.dtypes else {}
+    dtype = {"dtype": plan.dtypes[key]} if key in plan.dtypes else {}
     try:
         return cls.from_pretrained(checkpoint.folders[key], local_files_only=True, **dtype)
     except (SafetensorError, OSError, ValueError, RuntimeError) as e:

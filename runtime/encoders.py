@@ -27,6 +27,7 @@ def load_encoder(key: str, folder: Path, device: torch.device, dtype: torch.dtyp
     """
     cls = _encoder_class(key, read_json(folder / "config.json"))
     weight_files(folder)
+    transformers.utils.logging.disable_progress_bar()  # the caller shows progress
     try:
         encoder, info = cls.from_pretrained(
             folder,
@@ -41,14 +42,24 @@ def load_encoder(key: str, folder: Path, device: torch.device, dtype: torch.dtyp
         raise UserError(f"{folder}: not a readable safetensors file: {str(e).splitlines()[0]}") from e
     except RuntimeError as e:  # transformers reports mis-shaped weights so
         raise UserError(f"{folder}: {' '.join(str(e).split())[:300]}") from e
-    problems = {k.removesuffix("_keys"): sorted(map(str, info[k])) for k in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[k]}
+    problems = {
+        k.removesuffix("_keys"): sorted(map(str, info[k]))
+        for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
+        if info[k]
+    }
     if problems:
         told = "; ".join(f"{kind} weights: {', '.join(names[:6])}" for kind, names in problems.items())
         raise UserError(f"{folder}: {told}")
     return encoder
 
 
-def dummy_encoder(key: str, config: Mapping[str, Any], device: torch.device, dtype: torch.dtype, attention: str | None) -> nn.Module:
+def dummy_encoder(
+    key: str,
+    config: Mapping[str, Any],
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None,
+) -> nn.Module:
     """The encoder of a config at true shape; the caller fills its weights."""
     cls = _encoder_class(key, config)
     values = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}

@@ -1,8 +1,8 @@
 """The file to read first: a loaded model, and what happens to a request.
 
-    engine = Engine.load(ServerArgs(model_path="..."))
-    for event in engine.generate(SamplingParams(prompt="a red circle on a blue background")):
-        ...  # the last one is Finished(result)
+engine = Engine.load(ServerArgs(model_path="..."))
+for event in engine.generate(SamplingParams(prompt="a red circle on a blue background")):
+    ...  # the last one is Finished(result)
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from sgl_diffusion.runtime.checkpoint import Checkpoint, open_checkpoint
 from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline, component_kinds
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageFinished, StageStarted
-from sgl_diffusion.runtime.output import Output, plan_outputs, save
+from sgl_diffusion.runtime.output import Output, plan_outputs, request_digest, save, save_frames
 from sgl_diffusion.runtime.pipeline import NativePipeline, Pixels
 from sgl_diffusion.runtime.plan import make_plan
 from sgl_diffusion.runtime.report import Report, commit_hash, memory_checkpoint, versions
@@ -44,7 +44,14 @@ DEFAULT_FPS = 24
 class Engine:
     """A model ready to draw. `backend` is the native pipeline or the diffusers one; both answer to the same calls."""
 
-    def __init__(self, args: ServerArgs, backend: NativePipeline | DiffusersPipeline, pipeline_class: str, checkpoint_defaults: Mapping[str, Any], why: str) -> None:
+    def __init__(
+        self,
+        args: ServerArgs,
+        backend: NativePipeline | DiffusersPipeline,
+        pipeline_class: str,
+        checkpoint_defaults: Mapping[str, Any],
+        why: str,
+    ) -> None:
         self.args, self.backend, self.pipeline_class = args, backend, pipeline_class
         self.checkpoint_defaults = checkpoint_defaults
         self.why = why
@@ -59,7 +66,13 @@ class Engine:
         """
         started = time.perf_counter()
         engine = cls._load_dummy(args) if args.load_format == "dummy" else cls._load_checkpoint(args)
-        log.info("loaded %s with the %s backend (%s) in %.1f s", args.model_path, engine.backend.name, engine.why, time.perf_counter() - started)
+        log.info(
+            "loaded %s with the %s backend (%s) in %.1f s",
+            args.model_path,
+            engine.backend.name,
+            engine.why,
+            time.perf_counter() - started,
+        )
         return engine
 
     @classmethod
@@ -69,7 +82,13 @@ class Engine:
         native_why = _refusal(args, pipeline_class)
         if native_why is None:
             try:
-                return cls(args, _native(checkpoint, args, pipeline_class), pipeline_class, checkpoint.sampling_defaults, "native family")
+                return cls(
+                    args,
+                    _native(checkpoint, args, pipeline_class),
+                    pipeline_class,
+                    checkpoint.sampling_defaults,
+                    "native family",
+                )
             except ConfigError as e:
                 native_why = str(e)
         if args.backend == "sglang":
@@ -91,7 +110,9 @@ class Engine:
                 return cls(args, backend, pipeline_class, {}, f"dummy weights of {name}")
         if not Path(name).expanduser().is_dir():
             known = [p for c in FAMILIES for p in _family(c).presets()]
-            raise UserError(f"model_path={name}: load_format=dummy needs a local config folder or one of {', '.join(known)}")
+            raise UserError(
+                f"model_path={name}: load_format=dummy needs a local config folder or one of {', '.join(known)}"
+            )
         checkpoint = open_checkpoint(name, None, args.component_paths)
         if (why := _refusal(args, checkpoint.pipeline_class)) is not None:
             raise UserError(f"load_format=dummy: {why}")
@@ -99,7 +120,13 @@ class Engine:
             backend = _native(checkpoint, args, checkpoint.pipeline_class, dummy=True)
         except ConfigError as e:
             raise UserError(f"load_format=dummy: {e}") from e
-        return cls(args, backend, checkpoint.pipeline_class, checkpoint.sampling_defaults, f"dummy weights of {name}")
+        return cls(
+            args,
+            backend,
+            checkpoint.pipeline_class,
+            checkpoint.sampling_defaults,
+            f"dummy weights of {name}",
+        )
 
     # -- a request ------------------------------------------------------------------
 
@@ -140,7 +167,7 @@ class _Run:
         engine, params = self.engine, self.params
         if params.perf_dump_path is not None:
             _demand_writable("perf_dump_path", Path(params.perf_dump_path))
-        self.request = request = resolve_request(params, engine.checkpoint_defaults)
+        self.request = request = resolve_request(params, engine.checkpoint_defaults, engine.args)
         engine.backend.prepare(request)
         plan = plan_outputs(params, request, is_video=engine.backend.draws_video) if params.save_output else []
         pixels = yield from engine.backend.run(request, self.watch)
@@ -151,6 +178,8 @@ class _Run:
                 for output, path in zip(outputs, plan, strict=True):
                     save(output, path, self._metadata(request, output), params.output_quality)
                     self.paths.append(path)
+                    if params.return_frames:
+                        self.paths.append(save_frames(output, path.with_suffix(".npy")))
             yield StageFinished("saving")
         report = self._report(error=None)
         self.finished = True
@@ -184,6 +213,7 @@ class _Run:
             "model": self.engine.args.model_path,
             "pipeline_class": self.engine.pipeline_class,
             "backend": self.engine.backend.name,
+            "digest": request_digest(request, output.index),
             **request.given,
         }
 
@@ -200,7 +230,12 @@ class _Run:
         }
         meta: dict[str, Any] = {"model": engine.args.model_path}
         if request is not None:
-            meta |= {"prompt": list(request.prompts), "negative_prompt": request.negative_prompt, "seed": request.seeds(), **request.given}
+            meta |= {
+                "prompt": list(request.prompts),
+                "negative_prompt": request.negative_prompt,
+                "seed": request.seeds(),
+                **request.given,
+            }
             if error is None:
                 effective |= engine.backend.effective(request)
         return Report(

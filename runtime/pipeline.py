@@ -77,7 +77,14 @@ class NativePipeline:
         self.parts = parts
         self.compiled = self._compile() if plan.compile else {}
 
-    def _module(self, family: type[Family], key: str, config: Mapping[str, Any], folders: Mapping[str, Path] | None, options: Mapping[str, Any]) -> nn.Module:
+    def _module(
+        self,
+        family: type[Family],
+        key: str,
+        config: Mapping[str, Any],
+        folders: Mapping[str, Path] | None,
+        options: Mapping[str, Any],
+    ) -> nn.Module:
         device, dtype = self.plan.device, self.plan.dtypes[key]
         try:
             with torch.device("meta"):
@@ -191,7 +198,10 @@ class NativePipeline:
 
         yield StageStarted("decoding")
         with watch.span("decoding"):
-            self.parts["vae"].tiling, self.parts["vae"].slicing = self.plan.tiles(size), self.plan.vae_slicing
+            self.parts["vae"].tiling, self.parts["vae"].slicing = (
+                self.plan.tiles(size),
+                self.plan.vae_slicing,
+            )
             pictures = family.decode(x, size)
             pixels = to_pixels(pictures)
         record("pixels", pictures)

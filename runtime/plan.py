@@ -1,4 +1,4 @@
-"""What the arguments come to on this machine: device, dtypes, attention, VAE options. Pure; the arguments stay as said."""
+"""What the arguments come to on this machine: device, dtypes, attention, VAE options. The arguments stay as said."""
 
 from __future__ import annotations
 
@@ -48,17 +48,19 @@ def make_plan(args: ServerArgs, kinds: Mapping[str, str]) -> Plan:
     everywhere = DTYPES.get(args.precision, torch.bfloat16 if device.type == "cuda" else torch.float32)
     dtypes = {k: everywhere for k, kind in kinds.items() if kind in ("denoiser", "vae", "text_encoder", "model")}
     if args.dit_precision is not None:
-        dtypes.update({k: DTYPES[args.dit_precision] for k in denoisers})
+        dtypes.update(dict.fromkeys(denoisers, DTYPES[args.dit_precision]))
     if args.vae_precision is not None:
         dtypes.update({k: DTYPES[args.vae_precision] for k, kind in kinds.items() if kind == "vae"})
     if args.text_encoder_precisions is not None:
         dtypes.update(zip(encoders, _one_each(args.text_encoder_precisions, encoders), strict=True))
 
-    attention: dict[str, str | None] = {k: None for k in dtypes}
-    attention.update({k: args.attention_backend for k in denoisers})
+    attention: dict[str, str | None] = dict.fromkeys(dtypes)
+    attention.update(dict.fromkeys(denoisers, args.attention_backend))
     for component, backend in args.component_attention_backends.items():
         if component not in attention:
-            raise UserError(f"component_attention_backends.{component}={backend}: expected one of {', '.join(attention)}")
+            raise UserError(
+                f"component_attention_backends.{component}={backend}: expected one of {', '.join(attention)}"
+            )
         attention[component] = backend
     tiling, slicing = {"memory": (True, True), "speed": (False, False)}.get(args.performance_mode, (None, False))
     if args.performance_mode == "manual":
@@ -89,6 +91,7 @@ def _device(name: str) -> torch.device:
 def _one_each(names: Sequence[str], encoders: Sequence[str]) -> list[torch.dtype]:
     if len(names) not in (1, len(encoders)):
         raise UserError(
-            f"text_encoder_precisions={' '.join(names)}: expected 1 or {len(encoders)} values, one for each of {', '.join(encoders)}"
+            f"text_encoder_precisions={' '.join(names)}: expected 1 or {len(encoders)} values, "
+            f"one for each of {', '.join(encoders)}"
         )
     return [DTYPES[n] for n in (names * len(encoders) if len(names) == 1 else names)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sgl_diffusion.runtime.args import SamplingParams
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.errors import UserError
 
 DEFAULT_SEED = 42
@@ -26,6 +26,7 @@ class Request:
     seed: int
     given: Mapping[str, Any]
     diffusers_kwargs: Mapping[str, Any]
+    model: Mapping[str, Any]  # the server arguments that differ from their defaults: they change the picture too
 
     @property
     def count(self) -> int:
@@ -45,19 +46,21 @@ SAMPLING_FIELDS = (
 )  # fmt: skip
 
 
-def resolve_request(params: SamplingParams, checkpoint_defaults: Mapping[str, Any]) -> Request:
+def resolve_request(
+    params: SamplingParams, checkpoint_defaults: Mapping[str, Any], server: ServerArgs
+) -> Request:
     """Merges the user's parameters over the checkpoint's defaults.
 
     Raises:
-        UserError: no prompt, an unreadable prompt file, guidance that would have no effect.
+        UserError: no prompt, an unreadable prompt file, an unknown default of the checkpoint.
     """
     if unknown := sorted(set(checkpoint_defaults) - set(SAMPLING_FIELDS)):
-        raise UserError(f"sampling_defaults.json: unknown key {unknown[0]}; expected one of {', '.join(SAMPLING_FIELDS)}")
+        raise UserError(
+            f"sampling_defaults.json: unknown key {unknown[0]}; expected one of {', '.join(SAMPLING_FIELDS)}"
+        )
     said = {f: getattr(params, f) for f in SAMPLING_FIELDS}
     given = {**checkpoint_defaults, **{k: v for k, v in said.items() if v not in (None, [], ())}}
     prompts = _prompts(params)
-    if params.negative_prompt is not None and "true_cfg_scale" in said and (said["true_cfg_scale"] or 0) == 1:
-        raise UserError("negative_prompt: has no effect with true_cfg_scale=1; use a scale above 1")
     return Request(
         prompts=prompts,
         negative_prompt=params.negative_prompt,
@@ -65,6 +68,7 @@ def resolve_request(params: SamplingParams, checkpoint_defaults: Mapping[str, An
         seed=DEFAULT_SEED if params.seed is None else params.seed,
         given=given,
         diffusers_kwargs=params.diffusers_kwargs,
+        model=server.model_dump(exclude_defaults=True, exclude={"log_level"}) | {"model_path": server.model_path},
     )
 
 

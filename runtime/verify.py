@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
-from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
+from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline, replaced
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.pipeline import NativePipeline
@@ -72,10 +72,14 @@ def verify(args: ServerArgs, params: SamplingParams, tolerance: float | None = N
     judge = Engine.load(args.model_copy(update={"backend": "diffusers"}))
     if not isinstance(native.backend, NativePipeline) or not isinstance(judge.backend, DiffusersPipeline):
         raise UserError(f"model_path={args.model_path}: load_format={args.load_format} leaves nothing to compare")
-    request = resolve_request(params, native.checkpoint_defaults)
+    request = resolve_request(params, native.checkpoint_defaults, args)
     # diffusers has defaults of its own: both sides get the native ones, spelled out
     size, guidance, steps, length = native.backend.prepare(request)
-    given: dict[str, Any] = {"height": size.height, "width": size.width, "num_inference_steps": steps}
+    given: dict[str, Any] = {
+        "height": size.height,
+        "width": size.width,
+        "num_inference_steps": steps,
+    }
     if "max_sequence_length" in judge.backend.call_arguments:
         given["max_sequence_length"] = length
     if guidance.embedded is not None:
@@ -96,7 +100,12 @@ def verify(args: ServerArgs, params: SamplingParams, tolerance: float | None = N
     predictions = dict.fromkeys(["prediction_0", middle, f"prediction_{steps - 1}"])
     at = names.index("final_latents")
     rows = tuple(_compare(n, ours[n], theirs.seen[n], bound) for n in [*names[:at], *predictions, *names[at:]])
-    settings = {"model": args.model_path, "prompts": list(request.prompts), "seeds": request.seeds(), **given}
+    settings = {
+        "model": args.model_path,
+        "prompts": list(request.prompts),
+        "seeds": request.seeds(),
+        **given,
+    }
     return Verification(rows, bound, settings, versions(native.device))
 
 
@@ -126,7 +135,7 @@ def _compare(stage: str, ours: Tensor, theirs: Tensor, bound: float) -> Comparis
 
 
 class Eavesdropper:
-    """Listens to a diffusers pipeline from outside: its denoiser's first inputs, its scheduler's steps, its VAE's output."""
+    """Listens to a diffusers pipeline: its denoiser's first inputs, its scheduler's steps, its VAE's output."""
 
     def __init__(self, backend: DiffusersPipeline) -> None:
         self.backend = backend
@@ -153,9 +162,8 @@ class Eavesdropper:
             self.seen["pixels"] = result[0].clone()
             return result
 
-        pipe.scheduler.step, pipe.vae.decode = heard_step, heard_decode
-        self.undo.callback(delattr, pipe.scheduler, "step")
-        self.undo.callback(delattr, pipe.vae, "decode")
+        self.undo.enter_context(replaced(pipe.scheduler, "step", heard_step))
+        self.undo.enter_context(replaced(pipe.vae, "decode", heard_decode))
         return self
 
     def __exit__(self, *exc: object) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoint tensors -> module parameters: memory-mapped, straight to the device and dtype, strict about names and shapes."""
+"""Checkpoint tensors -> parameters: memory-mapped, straight to the device and dtype, strict about names and shapes."""
 
 from __future__ import annotations
 

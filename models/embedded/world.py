@@ -90,9 +90,7 @@ def split_scenes(*, held_out: bool) -> Pools:
     return pools
 
 
-def draw_scenes(
-    pools: Pools, rng: np.random.Generator, count: int, alone: float = 0.15
-) -> list[Scene]:
+def draw_scenes(pools: Pools, rng: np.random.Generator, count: int, alone: float = 0.15) -> list[Scene]:
     """`count` scenes, a share `alone` of them with a single shape."""
     chosen = []
     for is_alone in rng.random(count) < alone:
@@ -211,9 +209,7 @@ def judge(picture: Picture, scene: Scene) -> Verdict:
         core = np.hypot(_X - cx, _Y - cy) < 0.4 * radius
         colours &= bool(mask[core].mean() > 0.6)
         area_fits = 0.5 * expected_area < mask.sum() < 1.8 * expected_area
-        centred = bool(mask.any()) and (
-            max(abs(_X[mask].mean() - cx), abs(_Y[mask].mean() - cy)) < 0.4 * radius
-        )
+        centred = bool(mask.any()) and (max(abs(_X[mask].mean() - cx), abs(_Y[mask].mean() - cy)) < 0.4 * radius)
         layout &= bool(area_fits and centred)
         shapes &= _closest_shape(mask, cx, cy, radius) == thing.shape
         claimed |= near

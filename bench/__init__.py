@@ -1,0 +1,1 @@
+"""Measurements of kernels, and of whole pipelines against diffusers in one process. Run as modules."""

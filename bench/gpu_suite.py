@@ -1,0 +1,75 @@
+"""Everything a GPU has to show, in one command: answers first, then times.
+
+    python -m sgl_diffusion.bench.gpu_suite [--out FOLDER] [--part correctness|kernels]
+
+Each part writes FOLDER/<part>.json. Exit code 1 if an answer is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from sgl_diffusion.bench import kernels
+from sgl_diffusion.kernels.catalog import OPS
+
+
+def correctness(out: Path) -> bool:
+    """Every op at every size in every dtype, on the GPU, against the reference in float64."""
+    rows = []
+    for op in OPS.values():
+        for case in op.cases(op.tiny + op.production):
+            error = kernels.error(case, "cuda")
+            ok = error <= op.tolerance[case.dtype]
+            rows.append({"op": op.name, "case": str(case), "rel_l2": error, "ok": ok})
+            if not ok:
+                print(f"WRONG {op.name} {case}: rel_l2 {error:.1e}", flush=True)
+    right = sum(bool(row["ok"]) for row in rows)
+    print(f"correctness: {right} of {len(rows)} cases within tolerance")
+    write(out / "correctness.json", rows)
+    return right == len(rows)
+
+
+def kernel_times(out: Path) -> bool:
+    """bf16 at production sizes against the eager sequences."""
+    rows = []
+    for row in kernels.run(list(OPS.values()), "cuda"):
+        kernels.show(row)
+        rows.append(row)
+    write(out / "kernels.json", [asdict(row) for row in rows])
+    return all(row.us is not None for row in rows)
+
+
+PARTS: dict[str, Callable[[Path], bool]] = {
+    "correctness": correctness,
+    "kernels": kernel_times,
+}
+
+
+def write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.write_text(json.dumps({**kernels.machine("cuda"), "rows": rows}, indent=1))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m sgl_diffusion.bench.gpu_suite", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--out", type=Path, default=Path("gpu_suite"), help="folder for the reports")
+    parser.add_argument("--part", action="append", choices=PARTS, help="may be repeated (default: all)")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("PyTorch sees no CUDA device")
+    args.out.mkdir(parents=True, exist_ok=True)
+    print(" | ".join(f"{key} {value}" for key, value in kernels.machine("cuda").items()))
+    results = [PARTS[name](args.out) for name in args.part or PARTS]
+    return 0 if all(results) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

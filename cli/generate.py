@@ -1,0 +1,86 @@
+"""`sglang generate`: flags and config -> one request -> files, with progress on a terminal."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from sgl_diffusion.cli.flags import add_flags, parse_command_line
+from sgl_diffusion.runtime.args import parse_args
+from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.events import Event, Finished, Result, StageStarted, StepDone
+
+LIBRARIES = ("transformers", "diffusers", "huggingface_hub", "accelerate")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--config", metavar="FILE", default=argparse.SUPPRESS, help="JSON or YAML file of options; flags win over it"
+    )
+    add_flags(parser)
+
+
+def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    add_arguments(parser)
+    values = parse_command_line(parser, argv)
+    server, sampling = parse_args(values)
+    if not sampling.prompt and sampling.prompt_path is None:
+        raise UserError("prompt: none given; use --prompt, --prompt-path or the key `prompt` of a config file")
+    set_up_logging(server.log_level)
+
+    from sgl_diffusion.runtime.engine import Engine
+
+    console = Console(stderr=True)
+    with console.status(f"loading {server.model_path}"):
+        engine = Engine.load(server)
+    result = _show(engine.generate(sampling), console)
+    print(result.report.summary())
+    for path in result.paths:
+        print(f"saved {path}")
+    return 0
+
+
+def set_up_logging(level: str) -> None:
+    """Our own messages on stderr at `level`; libraries' at warning or above, without their progress bars."""
+    import os
+
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
+    logging.getLogger("sgl_diffusion").setLevel(level.upper())
+    if level != "debug":
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+
+
+def _show(events: Iterator[Event], console: Console) -> Result:
+    """Drains the events, with a bar for the stage and its steps on a terminal and nothing elsewhere."""
+    with _bar(console) as progress:
+        task = None
+        for event in events:
+            if isinstance(event, Finished):
+                return event.result
+            if progress is None:
+                continue
+            if isinstance(event, StageStarted):
+                task = progress.add_task(event.name.replace("_", " "), total=None)
+            elif isinstance(event, StepDone) and task is not None:
+                progress.update(task, completed=event.step, total=event.total)
+            elif task is not None:
+                progress.update(task, total=1, completed=1)
+    raise AssertionError("generate ends with Finished")
+
+
+@contextmanager
+def _bar(console: Console) -> Iterator[Progress | None]:
+    if not console.is_terminal:
+        yield None
+        return
+    columns = (TextColumn("{task.description:>20}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, transient=True) as progress:
+        yield progress

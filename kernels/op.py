@@ -1,0 +1,113 @@
+"""What every kernel file declares about its operation.
+
+Tests, AOT checks, the benchmark and the table in `docs/kernels.md` are derived from the `Op`s that
+`catalog.py` lists.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgl_diffusion.kernels.launch import Impl
+
+Inputs = dict[str, Any]
+Size = dict[str, Any]
+# relative L2 error against float64: a few roundings in fp32, one of the result in half precision
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One size of an op in one dtype; the inputs are built when asked for."""
+
+    op: Op
+    size: Size
+    dtype: torch.dtype
+
+    def inputs(self, device: str) -> Inputs:
+        return self.op.inputs(device, self.dtype, **self.size)
+
+    def __str__(self) -> str:
+        parts = [f"{name}{_compact(value)}" for name, value in self.size.items()]
+        return "-".join([*parts, _compact(self.dtype)])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Op:
+    """A fused operation.
+
+    Attributes:
+        formula, replaces: what it computes, and the PyTorch launches it stands for, for the docs.
+        launch: the public launcher; takes the keyword arguments `inputs` makes, and `impl`.
+        reference: the same in plain PyTorch; what CPU tensors run. In float64 if the inputs are.
+        inputs: (device, dtype, **size) -> keyword arguments; "meta" tensors are fine.
+        tiny: awkward sizes for tests, within reach of the interpreter.
+        production: sizes of real models, for benchmarks and AOT checks; together they use every tile.
+        bytes: memory traffic of one call if everything is read and written once.
+        flops: floating point operations of one call if tensor cores do the work, else None.
+        written: arguments the launcher writes instead of returning a tensor.
+        tolerance: largest relative L2 error per dtype.
+    """
+
+    name: str
+    formula: str
+    replaces: str
+    launch: Callable[..., Tensor | None]
+    reference: Callable[..., Tensor | None]
+    inputs: Callable[..., Inputs]
+    tiny: tuple[Size, ...]
+    production: tuple[Size, ...]
+    bytes: Callable[[Inputs], int]
+    flops: Callable[[Inputs], int] | None = None
+    written: tuple[str, ...] = ()
+    tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
+
+    def cases(self, sizes: tuple[Size, ...]) -> Iterator[Case]:
+        """Every size in every dtype."""
+        for size in sizes:
+            for dtype in self.tolerance:
+                yield Case(self, size, dtype)
+
+    def run(self, inputs: Inputs, impl: Impl = "auto") -> tuple[Tensor, ...]:
+        """All results of one call, also those written into arguments."""
+        result = self.launch(**inputs, impl=impl)
+        results = [] if result is None else [result]
+        return (*results, *(inputs[name] for name in self.written))
+
+
+def rel_l2(got: Tensor, want: Tensor) -> float:
+    """||got - want|| / ||want|| in float64; nan if either holds one."""
+    got, want = got.double(), want.double()
+    return float((got - want).norm() / want.norm().clamp_min(1e-30))
+
+
+def noise(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> Tensor:
+    """Standard normal values, the same for the same seed; on "meta" only the shape."""
+    if device == "meta":
+        return torch.empty(shape, dtype=dtype, device=device)
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+
+def poisoned(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> Tensor:
+    """NaN everywhere: what a kernel forgets to write, or reads out of bounds, shows in the result."""
+    return torch.full(shape, math.nan, dtype=dtype, device=device)
+
+
+def inside(wide: Tensor, values: Tensor, *where: slice | int) -> Tensor:
+    """Puts `values` into `wide[..., *where]` and returns that view: a strided input in poisoned ground."""
+    view = wide[(..., *where)]
+    return view.copy_(values) if values.device.type != "meta" else view
+
+
+def _compact(value: object) -> str:
+    """For names of cases: 5x7 for (5, 7), float32 for torch.float32."""
+    if isinstance(value, tuple):
+        return "x".join(map(str, value))
+    return str(value).removeprefix("torch.")

@@ -1,0 +1,161 @@
+"""The receipt of a run: what was asked for, what took effect, what it cost. Torch is imported only where it is asked.
+
+The top-level keys up to `meta` are those of SGLang's perf dump, so that its tools can read ours.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import tempfile
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sgl_diffusion.runtime.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+MIB = 1024 * 1024
+
+
+class StageTime(BaseModel):
+    name: str
+    duration_ms: float
+
+
+class StepTime(BaseModel):
+    step: int
+    duration_ms: float
+
+
+class MemoryCheckpoint(BaseModel):
+    """MiB; device numbers are 0 on a CPU."""
+
+    allocated_mb: float = 0.0
+    reserved_mb: float = 0.0
+    peak_allocated_mb: float = 0.0
+    peak_reserved_mb: float = 0.0
+    peak_host_mb: float = 0.0
+
+
+class Failure(BaseModel):
+    type: str
+    message: str
+
+
+class Report(BaseModel):
+    """A run. Durations in milliseconds; stages in order; `effective["ignored"]` is empty or the run is at fault."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    timestamp: str
+    request_id: str
+    commit_hash: str | None
+    tag: str
+    total_duration_ms: float
+    steps: list[StageTime]
+    denoise_steps_ms: list[StepTime]
+    memory_checkpoints: dict[str, MemoryCheckpoint]
+    meta: dict[str, Any]
+    effective: dict[str, Any]
+    versions: dict[str, str | None]
+    outputs: list[str]
+    error: Failure | None
+
+    @property
+    def median_step_ms(self) -> float | None:
+        times = [s.duration_ms for s in self.denoise_steps_ms]
+        return statistics.median(times) if times else None
+
+    def write(self, path: Path) -> None:
+        """Writes JSON in one go: a reader sees the whole file or none."""
+        handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(self.model_dump_json(indent=2) + "\n")
+        os.replace(part, path)
+
+    @classmethod
+    def read(cls, path: Path) -> Report:
+        """Raises UserError if the file is missing or not a report."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as e:
+            raise UserError(f"{path}: cannot be read: {e.strerror}") from e
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = ".".join(str(p) for p in first["loc"]) or "the file"
+            raise UserError(f"{path}: not a perf dump: {where}: {first['msg']}") from e
+
+    def summary(self) -> str:
+        """A few lines for a person."""
+        e = self.effective
+        stages = "  ".join(f"{s.name} {_ms(s.duration_ms)}" for s in self.steps)
+        lines = [f"total {_ms(self.total_duration_ms)}  ({stages})"]
+        if self.median_step_ms is not None:
+            lines.append(f"{len(self.denoise_steps_ms)} steps, median {_ms(self.median_step_ms)}")
+        lines.append(f"backend {e['backend']} ({e['backend_reason']}) on {e['device']}")
+        for name in ("attention", "precision"):
+            if name in e:
+                lines.append(f"{name} " + ", ".join(f"{k}={v}" for k, v in e[name].items()))
+        if self.error is not None:
+            lines.append(f"failed: {self.error.type}: {self.error.message}")
+        return "\n".join(lines)
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds / 1000:.2f} s" if milliseconds >= 1000 else f"{milliseconds:.1f} ms"
+
+
+def memory_checkpoint(device: torch.device) -> MemoryCheckpoint:
+    """Memory now, and its peaks since the process began."""
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    if device.type != "cuda":
+        return MemoryCheckpoint(peak_host_mb=host)
+    import torch
+
+    return MemoryCheckpoint(
+        allocated_mb=torch.cuda.memory_allocated(device) / MIB,
+        reserved_mb=torch.cuda.memory_reserved(device) / MIB,
+        peak_allocated_mb=torch.cuda.max_memory_allocated(device) / MIB,
+        peak_reserved_mb=torch.cuda.max_memory_reserved(device) / MIB,
+        peak_host_mb=host,
+    )
+
+
+def versions(device: torch.device) -> dict[str, str | None]:
+    """What ran: packages, Python, and the device by name."""
+    import torch
+
+    found: dict[str, str | None] = {}
+    for package in ("sgl-diffusion", "torch", "triton", "diffusers", "transformers"):
+        try:
+            found[package.replace("-", "_")] = version(package)
+        except PackageNotFoundError:
+            found[package.replace("-", "_")] = None
+    found["python"] = platform.python_version()
+    found["cuda"] = torch.version.cuda
+    is_gpu = device.type == "cuda"
+    found["device"] = torch.cuda.get_device_name(device) if is_gpu else platform.processor() or platform.machine()
+    return found
+
+
+@cache
+def commit_hash() -> str | None:
+    """The commit of the checkout this file belongs to, None for an installed wheel."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except OSError:
+        return None
+    return done.stdout.strip() or None

@@ -1,0 +1,99 @@
+"""Makes Triton's CPU interpreter right about bfloat16, which it holds as raw 16-bit patterns.
+
+Unrepaired (seen on Triton 3.6 and 3.9) it answers wrongly without a word: fp32 -> bf16 truncates instead of rounding to
+nearest even, `tl.dot` multiplies bit patterns, and so does arithmetic on bf16 values. Conversions and products are
+repaired here. Arithmetic on bf16 is refused instead: our kernels widen to fp32 first, on a GPU too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+WIDENED = "widen bf16 to fp32 before arithmetic"
+
+
+@contextmanager
+def repaired_interpreter() -> Iterator[None]:
+    """The repair holds inside the `with`."""
+    builder = InterpreterBuilder
+    with (
+        mock.patch.object(builder, "cast_impl", _convert_bf16(builder.cast_impl)),
+        mock.patch.object(builder, "create_fp_to_fp", _convert_bf16(builder.create_fp_to_fp)),
+        mock.patch.object(builder, "create_dot", _widen_operands(builder.create_dot)),
+        mock.patch.object(builder, "binary_op", _refuse_bf16(builder.binary_op)),
+        mock.patch.object(builder, "unary_op", _refuse_bf16(builder.unary_op)),
+        mock.patch.object(builder, "create_fma", _refuse_bf16(builder.create_fma)),
+        mock.patch.object(interpreter.ReduceOps, "apply_impl", _refuse_bf16_reduction),
+    ):
+        yield
+
+
+def _convert_bf16(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    def convert(
+        self: Any, source: TensorHandle, target: tl.dtype, *rounding: object
+    ) -> TensorHandle:
+        if _is_bf16(source):
+            fp32 = TensorHandle(_widen(source.data), tl.float32)
+            return fp32 if target.scalar == tl.float32 else original(self, fp32, target, *rounding)
+        if target.scalar == tl.bfloat16:
+            return TensorHandle(_narrow(source.data), tl.bfloat16)
+        return original(self, source, target, *rounding)
+
+    return convert
+
+
+def _widen_operands(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    """Tensor cores multiply 16-bit floats exactly and add in fp32; so does NumPy once they are fp32."""
+
+    def dot(
+        self: Any, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *options: object
+    ) -> TensorHandle:
+        if _is_bf16(a):
+            a, b = (TensorHandle(_widen(x.data), tl.float32) for x in (a, b))
+        elif a.dtype.scalar == tl.float16:
+            a, b = (TensorHandle(x.data.astype(np.float32), tl.float32) for x in (a, b))
+        return original(self, a, b, acc, *options)
+
+    return dot
+
+
+def _refuse_bf16(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+    def operate(self: Any, *operands: Any) -> TensorHandle:
+        if any(map(_is_bf16, operands)):
+            raise TypeError(WIDENED)
+        return original(self, *operands)
+
+    return operate
+
+
+_reduce = interpreter.ReduceOps.apply_impl
+
+
+def _refuse_bf16_reduction(self: Any, operands: tuple[Any, ...]) -> Any:
+    if any(_is_bf16(x.handle) for x in operands):
+        raise TypeError(WIDENED)
+    return _reduce(self, operands)
+
+
+def _is_bf16(x: object) -> bool:
+    return isinstance(x, TensorHandle) and x.dtype.scalar == tl.bfloat16
+
+
+def _widen(bits: np.ndarray) -> np.ndarray:
+    # a bf16 number is the upper half of the fp32 number of the same value
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _narrow(values: np.ndarray) -> np.ndarray:
+    fp32 = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
+    bits: np.ndarray = fp32.bfloat16().view(torch.int16).numpy().view(np.uint16)
+    return bits.reshape(np.shape(values))
