@@ -78,7 +78,7 @@ class Row:
 
 
 class Absent:
-    """Stands in for the driver of a GPU that is not here; each architecture is a device with a code cache of its own."""
+    """Stands in for the driver of an absent GPU; each architecture is a device with a code cache of its own."""
 
     def __init__(self, capability: int) -> None:
         self.capability = capability

@@ -7,13 +7,14 @@ import json
 from pathlib import Path
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from sgl_diffusion.cli.flags import add_flags, parse_command_line
 from sgl_diffusion.cli.generate import set_up_logging
 from sgl_diffusion.runtime.args import parse_args
 from sgl_diffusion.runtime.errors import UserError
 
+COLUMNS = ("stage", "shape", "max abs", "max / std", "relative L2", "PSNR dB", "")
 PROMPT = "a red circle left of a blue square on a yellow background"
 
 
@@ -39,7 +40,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     from sgl_diffusion.runtime.verify import verify
 
     result = verify(server, sampling, tolerance)
-    table = Table("stage", "shape", "max abs", "max / std", "relative L2", "PSNR dB", "")
+    table = Table(*(Column(name, no_wrap=True) for name in COLUMNS))
     for c in result.comparisons:
         numbers = (f"{c.max_abs:.2e}", f"{c.relative_max:.2e}", f"{c.relative_l2:.2e}", f"{c.psnr:.1f}")
         table.add_row(c.stage, "x".join(map(str, c.shape)), *numbers, "ok" if c.passed else "FAIL")

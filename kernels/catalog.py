@@ -27,3 +27,9 @@ OPS: Mapping[str, Op] = {
         euler_step.OP,
     )
 }
+
+
+def markdown_table() -> str:
+    """The table of `docs/kernels.md`."""
+    rows = [f"| `{op.name}` | {op.formula} | {op.replaces} |" for op in OPS.values()]
+    return "\n".join(["| operation | computes | instead of |", "| --- | --- | --- |", *rows])

@@ -9,7 +9,7 @@ import pytest
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.verify import Verification, verify
-from tiny_checkpoints import build_flux, mutations
+from tiny_checkpoints import build_flux
 
 STAGES = ("pooled_projections", "encoder_hidden_states", "initial_latents", "timesteps", "final_latents", "pixels")
 

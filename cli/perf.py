@@ -1,0 +1,180 @@
+"""`sglang perf show|compare`: reports of runs as tables, ratios and a timeline."""
+
+from __future__ import annotations
+
+import argparse
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from rich.console import Console
+from rich.table import Table
+
+from sgl_diffusion.cli.flags import Parser
+from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.report import Report
+
+COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2")
+STEP_COLOUR = "#9ecae9"
+WIDTH, ROW, MARGIN, LEGEND = 1000, 46, 16, 22  # pixels of a timeline
+
+
+def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    """Exit code 1 from `compare --fail-over` if the second report is slower by more than that share."""
+    actions = parser.add_subparsers(dest="action", metavar="show|compare", parser_class=Parser, required=True)
+    show = actions.add_parser("show", help="one report as a table", allow_abbrev=False)
+    show.add_argument("reports", type=Path, nargs=1, metavar="A.json")
+    compare = actions.add_parser("compare", help="two or more reports, with ratios to the first", allow_abbrev=False)
+    compare.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json", help="the first is the baseline")
+    compare.add_argument("--fail-over", metavar="5%", help="exit 1 if the last is slower than the first by more")
+    for action in (show, compare):
+        action.add_argument("--plot", type=Path, metavar="FILE", help="write a timeline, .png or .html")
+    args = parser.parse_args(argv)
+    limit = _share(args.fail_over) if args.action == "compare" and args.fail_over else None
+    if args.action == "compare" and len(args.reports) < 2:
+        raise UserError("perf compare: needs two reports or more")
+    reports = [Report.read(path) for path in args.reports]
+    names = [path.name for path in args.reports]
+    if args.plot is not None:
+        plot(args.plot, names, reports)
+    console = Console(highlight=False)
+    if args.action == "show":
+        print(reports[0].summary())
+    console.print(comparison(names, reports))
+    if limit is None:
+        return 0
+    slower = _slower(reports[0], reports[-1])
+    if slower is None:
+        raise UserError(f"{args.reports[-1]}: holds no time to compare")
+    verdict = "slower" if slower >= 0 else "faster"
+    print(f"{names[-1]} is {abs(slower):.1%} {verdict} than {names[0]} (limit {limit:.1%})")
+    return 1 if slower > limit else 0
+
+
+def _share(text: str) -> float:
+    """`5%` or `0.05` -> 0.05."""
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if value < 0:
+        raise UserError(f"fail_over={text}: expected a share such as 5% or 0.05")
+    return value
+
+
+def _slower(first: Report, last: Report) -> float | None:
+    """Share by which `last` takes longer: by the median step where both have steps, by the total otherwise."""
+    a, b = first.median_step_ms, last.median_step_ms
+    if a is None or b is None:
+        a, b = first.total_duration_ms, last.total_duration_ms
+    return b / a - 1 if a > 0 else None
+
+
+def times(report: Report) -> dict[str, float]:
+    """What a comparison shows, in milliseconds: every stage, the median step, the total."""
+    rows: dict[str, float] = {}
+    for stage in report.steps:  # a stage may come twice: once for each batch
+        rows[stage.name] = rows.get(stage.name, 0.0) + stage.duration_ms
+    if report.median_step_ms is not None:
+        rows["step (median)"] = report.median_step_ms
+    return rows | {"total": report.total_duration_ms}
+
+
+def comparison(names: Sequence[str], reports: Sequence[Report]) -> Table:
+    """A column for every report, and after the first its ratio to the first (above 1 is slower)."""
+    table = Table("milliseconds")
+    columns = [times(r) for r in reports]
+    for i, name in enumerate(names):
+        table.add_column(name, justify="right")
+        if i:
+            table.add_column("ratio", justify="right")
+    for row in dict.fromkeys(name for column in columns for name in column):
+        cells = [row]
+        for i, column in enumerate(columns):
+            cells.append(f"{column[row]:.1f}" if row in column else "-")
+            if i:
+                both = row in column and columns[0].get(row, 0) > 0
+                cells.append(f"{column[row] / columns[0][row]:.3f}" if both else "-")
+        table.add_row(*cells)
+    return table
+
+
+# -- timeline -------------------------------------------------------------------------
+
+
+def plot(path: Path, names: Sequence[str], reports: Sequence[Report]) -> None:
+    """One row for every report: its stages to a common scale, the denoising steps inside their stage.
+
+    Raises:
+        UserError: another suffix than .png or .html, or a folder that is not there.
+    """
+    if path.suffix.lower() not in (".png", ".html"):
+        raise UserError(f"plot={path}: expected a .png or .html file")
+    if not path.resolve().parent.is_dir():
+        raise UserError(f"plot={path}: the folder {path.parent} does not exist")
+    bars = [bar for row, report in enumerate(reports) for bar in _bars(row, report, max(map(_length, reports)))]
+    stages = list(dict.fromkeys(s.name for r in reports for s in r.steps))
+    height = MARGIN + len(reports) * (ROW + LEGEND) + LEGEND
+    if path.suffix.lower() == ".html":
+        path.write_text(_svg_page(names, bars, stages, height), encoding="utf-8")
+    else:
+        _draw(names, bars, stages, height).save(path)
+
+
+Bar = tuple[float, float, float, float, str, str]  # left, top, right, bottom, colour, label
+
+
+def _length(report: Report) -> float:
+    return max(sum(s.duration_ms for s in report.steps), 1e-9)
+
+
+def _bars(row: int, report: Report, longest: float) -> list[Bar]:
+    scale = (WIDTH - 2 * MARGIN) / longest
+    top = MARGIN + row * (ROW + LEGEND) + LEGEND
+    left, bars = float(MARGIN), []
+    for stage in report.steps:
+        right = left + stage.duration_ms * scale
+        colour = COLOURS[sum(map(ord, stage.name)) % len(COLOURS)]
+        bars.append((left, top, right, top + ROW, colour, f"{stage.name}: {stage.duration_ms:.1f} ms"))
+        if stage.name == "denoising":
+            at = left
+            for step in report.denoise_steps_ms:
+                end = at + step.duration_ms * scale
+                bars.append((at, top + ROW * 0.55, max(at, end - 1), top + ROW, STEP_COLOUR,
+                             f"step {step.step}: {step.duration_ms:.1f} ms"))  # fmt: skip
+                at = end
+        left = right
+    return bars
+
+
+def _svg_page(names: Sequence[str], bars: Sequence[Bar], stages: Sequence[str], height: int) -> str:
+    """A page of its own, without scripts; every bar tells its time on hover."""
+    shapes = [
+        f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(r - x, 0.5):.1f}" height="{b - y:.1f}" fill="{c}">'
+        f"<title>{html.escape(label)}</title></rect>"
+        for x, y, r, b, c, label in bars
+    ]
+    titles = [
+        f'<text x="{MARGIN}" y="{MARGIN + i * (ROW + LEGEND) + LEGEND - 6}">{html.escape(name)}</text>'
+        for i, name in enumerate(names)
+    ]
+    legend = f'<text x="{MARGIN}" y="{height - 6}">{html.escape("  ".join(stages))}</text>'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="13">'
+    return f"<!doctype html><title>timeline</title>{svg}{''.join(shapes + titles)}{legend}</svg>\n"
+
+
+def _draw(names: Sequence[str], bars: Sequence[Bar], stages: Sequence[str], height: int) -> Image.Image:
+    image = Image.new("RGB", (WIDTH, height), "white")
+    draw = ImageDraw.Draw(image)
+    for x, y, r, b, colour, _ in bars:
+        draw.rectangle((x, y, max(r, x + 0.5), b), fill=colour)
+    for i, name in enumerate(names):
+        draw.text((MARGIN, MARGIN + i * (ROW + LEGEND) + 4), name, fill="black")
+    x = float(MARGIN)
+    for stage in stages:
+        draw.rectangle((x, height - LEGEND + 5, x + 10, height - LEGEND + 15),
+                       fill=COLOURS[sum(map(ord, stage)) % len(COLOURS)])  # fmt: skip
+        draw.text((x + 14, height - LEGEND + 4), stage, fill="black")
+        x += 24 + draw.textlength(stage)
+    return image
