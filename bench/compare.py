@@ -129,7 +129,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     model = args.model_path or str(write_denoiser_checkpoint(args.work, args.width, args.blocks))
     params = SamplingParams(
-        prompt="a red circle left of a blue square on a yellow background",
+        prompt=["a red circle left of a blue square on a yellow background"],
         height=args.size,
         width=args.size,
         num_inference_steps=args.steps,

@@ -121,9 +121,7 @@ def _merge(below: Any, above: Any) -> Any:
     return {**below, **above} if isinstance(below, dict) and isinstance(above, dict) else above
 
 
-def _take_open_ended(
-    parser: argparse.ArgumentParser, argv: list[str]
-) -> tuple[list[str], dict[str, dict[str, Any]]]:
+def _take_open_ended(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
     """Takes flags with a free part out of `argv`: `--<component>-path P` and `--<map>.<key> V`."""
     known = {option for action in parser._actions for option in action.option_strings}
     rest: list[str] = []

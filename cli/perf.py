@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -113,13 +113,15 @@ def plot(path: Path, names: Sequence[str], reports: Sequence[Report]) -> None:
         raise UserError(f"plot={path}: expected a .png or .html file")
     if not path.resolve().parent.is_dir():
         raise UserError(f"plot={path}: the folder {path.parent} does not exist")
-    bars = [bar for row, report in enumerate(reports) for bar in _bars(row, report, max(map(_length, reports)))]
     stages = list(dict.fromkeys(s.name for r in reports for s in r.steps))
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(stages)}
+    longest = max(map(_length, reports))
+    bars = [bar for row, report in enumerate(reports) for bar in _bars(row, report, longest, colours)]
     height = MARGIN + len(reports) * (ROW + LEGEND) + LEGEND
     if path.suffix.lower() == ".html":
-        path.write_text(_svg_page(names, bars, stages, height), encoding="utf-8")
+        path.write_text(_svg_page(names, bars, colours, height), encoding="utf-8")
     else:
-        _draw(names, bars, stages, height).save(path)
+        _draw(names, bars, colours, height).save(path)
 
 
 Bar = tuple[float, float, float, float, str, str]  # left, top, right, bottom, colour, label
@@ -129,26 +131,26 @@ def _length(report: Report) -> float:
     return max(sum(s.duration_ms for s in report.steps), 1e-9)
 
 
-def _bars(row: int, report: Report, longest: float) -> list[Bar]:
+def _bars(row: int, report: Report, longest: float, colours: Mapping[str, str]) -> list[Bar]:
     scale = (WIDTH - 2 * MARGIN) / longest
     top = MARGIN + row * (ROW + LEGEND) + LEGEND
-    left, bars = float(MARGIN), []
+    left = float(MARGIN)
+    bars: list[Bar] = []
     for stage in report.steps:
         right = left + stage.duration_ms * scale
-        colour = COLOURS[sum(map(ord, stage.name)) % len(COLOURS)]
-        bars.append((left, top, right, top + ROW, colour, f"{stage.name}: {stage.duration_ms:.1f} ms"))
+        bars.append((left, top, right, top + ROW, colours[stage.name], f"{stage.name}: {stage.duration_ms:.1f} ms"))
         if stage.name == "denoising":
             at = left
             for step in report.denoise_steps_ms:
                 end = at + step.duration_ms * scale
-                bars.append((at, top + ROW * 0.55, max(at, end - 1), top + ROW, STEP_COLOUR,
+                bars.append((at, top + ROW * 0.55, max(at, end - 2), top + ROW, STEP_COLOUR,
                              f"step {step.step}: {step.duration_ms:.1f} ms"))  # fmt: skip
                 at = end
         left = right
     return bars
 
 
-def _svg_page(names: Sequence[str], bars: Sequence[Bar], stages: Sequence[str], height: int) -> str:
+def _svg_page(names: Sequence[str], bars: Sequence[Bar], colours: Mapping[str, str], height: int) -> str:
     """A page of its own, without scripts; every bar tells its time on hover."""
     shapes = [
         f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(r - x, 0.5):.1f}" height="{b - y:.1f}" fill="{c}">'
@@ -159,12 +161,14 @@ def _svg_page(names: Sequence[str], bars: Sequence[Bar], stages: Sequence[str], 
         f'<text x="{MARGIN}" y="{MARGIN + i * (ROW + LEGEND) + LEGEND - 6}">{html.escape(name)}</text>'
         for i, name in enumerate(names)
     ]
-    legend = f'<text x="{MARGIN}" y="{height - 6}">{html.escape("  ".join(stages))}</text>'
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" font-family="sans-serif" font-size="13">'
+    entries = "".join(f'<tspan fill="{c}"> &#9632; {html.escape(name)} </tspan>' for name, c in colours.items())
+    legend = f'<text x="{MARGIN}" y="{height - 6}">{entries}</text>'
+    font = 'font-family="sans-serif" font-size="13"'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" {font}>'
     return f"<!doctype html><title>timeline</title>{svg}{''.join(shapes + titles)}{legend}</svg>\n"
 
 
-def _draw(names: Sequence[str], bars: Sequence[Bar], stages: Sequence[str], height: int) -> Image.Image:
+def _draw(names: Sequence[str], bars: Sequence[Bar], colours: Mapping[str, str], height: int) -> Image.Image:
     image = Image.new("RGB", (WIDTH, height), "white")
     draw = ImageDraw.Draw(image)
     for x, y, r, b, colour, _ in bars:
@@ -172,9 +176,8 @@ def _draw(names: Sequence[str], bars: Sequence[Bar], stages: Sequence[str], heig
     for i, name in enumerate(names):
         draw.text((MARGIN, MARGIN + i * (ROW + LEGEND) + 4), name, fill="black")
     x = float(MARGIN)
-    for stage in stages:
-        draw.rectangle((x, height - LEGEND + 5, x + 10, height - LEGEND + 15),
-                       fill=COLOURS[sum(map(ord, stage)) % len(COLOURS)])  # fmt: skip
+    for stage, colour in colours.items():
+        draw.rectangle((x, height - LEGEND + 5, x + 10, height - LEGEND + 15), fill=colour)
         draw.text((x + 14, height - LEGEND + 4), stage, fill="black")
         x += 24 + draw.textlength(stage)
     return image

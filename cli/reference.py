@@ -14,11 +14,11 @@ PREFACE = """# Command line and config reference
 
 Generated from `runtime/args.py` by `python -m sgl_diffusion.cli.reference --write`; a test keeps it true.
 
-`sglang generate` takes every flag below; `sglang verify` takes them too. A switch may be written `--flag`, `--flag true`,
-`--flag false` or `--no-flag`. `--config FILE` reads the same names with underscores from JSON or YAML; flags win over the
-file, and `null` means not given. Map-valued options take JSON, `key=value,key=value`, nested keys in a config file, or dots:
-`--vae-config.tile-sample-min-height 256`. `--<component>-path P` is `--component-paths.<component> P`.
-Unknown flags and keys are errors.
+`sglang generate` takes every flag below; `sglang verify` takes them too. A switch may be written `--flag`,
+`--flag true`, `--flag false` or `--no-flag`. `--config FILE` reads the same names with underscores from JSON or YAML;
+flags win over the file, and `null` means not given. Map-valued options take JSON, `key=value,key=value`, nested keys in
+a config file, or dots: `--vae-config.tile-sample-min-height 256`. `--<component>-path P` is
+`--component-paths.<component> P`. Unknown flags and keys are errors.
 """
 
 

@@ -161,12 +161,13 @@ def attention_reference(
 
 
 def _inputs(device: str, dtype: torch.dtype, B: int, Q: int, S: int, H: int, K: int) -> Inputs:
-    longer = poisoned((2, B, S + 3, H, K), dtype, device)
-    rows = (slice(0, S), slice(None), slice(None))
+    longer, wider = poisoned((B, S + 3, H, K), dtype, device), poisoned((B, S, H, 2 * K), dtype, device)
     return {
         "q_BLHK": noise((B, Q, H, K), dtype, device),
-        "k_BLHK": inside(longer[0], noise((B, S, H, K), dtype, device, 1), *rows),
-        "v_BLHK": inside(longer[1], noise((B, S, H, K), dtype, device, 2), *rows),
+        "k_BLHK": inside(
+            longer, noise((B, S, H, K), dtype, device, 1), slice(0, S), slice(None), slice(None)
+        ),
+        "v_BLHK": inside(wider, noise((B, S, H, K), dtype, device, 2), slice(0, K)),
         "out": poisoned((B, Q, 5 * H * K), dtype, device)[..., : H * K].unflatten(-1, (H, K)),
     }
 

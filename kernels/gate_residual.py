@@ -76,10 +76,11 @@ def gate_residual_reference(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Te
 
 
 def _inputs(device: str, dtype: torch.dtype, B: int, L: int, D: int) -> Inputs:
-    longer, gates = poisoned((B, L + 2, D), dtype, device), poisoned((B, 3 * D), dtype, device)
+    longer, wider = poisoned((B, L + 2, D), dtype, device), poisoned((B, L, 2 * D), dtype, device)
+    gates = poisoned((B, 3 * D), dtype, device)
     return {
         "x_BLD": inside(longer, noise((B, L, D), dtype, device), slice(1, L + 1), slice(None)),
-        "y_BLD": noise((B, L, D), dtype, device, 1),
+        "y_BLD": inside(wider, noise((B, L, D), dtype, device, 1), slice(D, 2 * D)),
         "gate_BD": inside(gates, noise((B, D), dtype, device, 2), slice(D, 2 * D)),
     }
 

@@ -89,12 +89,12 @@ def norm_modulate_reference(
 
 
 def _inputs(device: str, dtype: torch.dtype, B: int, L: int, D: int) -> Inputs:
-    modulation_B6D = poisoned((B, 6 * D), dtype, device)
+    wide, narrow = poisoned((B, 6 * D), dtype, device), poisoned((B, 2 * D), dtype, device)
     longer = poisoned((B, L + 2, D), dtype, device)
     return {
         "x_BLD": inside(longer, noise((B, L, D), dtype, device), slice(1, L + 1), slice(None)),
-        "scale_BD": inside(modulation_B6D, noise((B, D), dtype, device, 1), slice(D, 2 * D)),
-        "shift_BD": inside(modulation_B6D, noise((B, D), dtype, device, 2), slice(4 * D, 5 * D)),
+        "scale_BD": inside(wide, noise((B, D), dtype, device, 1), slice(D, 2 * D)),
+        "shift_BD": inside(narrow, noise((B, D), dtype, device, 2), slice(0, D)),
     }
 
 

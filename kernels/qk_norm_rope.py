@@ -82,7 +82,7 @@ def qk_norm_rope(
         q_BLHK, k_BLHK, v_BLHK: written; dtype of qkv; may be rows of longer buffers, apart from qkv.
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit.
-    Source: `FluxAttnProcessor` and `apply_rotary_emb(use_real_unbind_dim=-1)` of diffusers.
+    Source: the joint attention processors and `apply_rotary_emb(use_real_unbind_dim=-1)` of diffusers.
     """
     weights = {"q_weight_K": q_weight_K, "k_weight_K": k_weight_K}
     tables = {"cos_LP": cos_LP, "sin_LP": sin_LP}
@@ -140,18 +140,18 @@ def _inputs(device: str, dtype: torch.dtype, B: int, L: int, H: int, K: int) -> 
     projection = poisoned((B, L, 7 * H * K), dtype, device)
     qkv = inside(projection, noise((B, L, 3 * H * K), dtype, device), slice(0, 3 * H * K))
     angle_LP = noise((L, K // 2), torch.float32, device, 1)
-    joint = poisoned((3, B, L + 2, H, K), dtype, device)[:, :, 1 : L + 1]
+    q_joint, k_joint = poisoned((2, B, L + 2, H, K), dtype, device)[:, :, 1 : L + 1]
     return {
         "qkv_BL3HK": qkv.unflatten(-1, (3, H, K)),
         "q_weight_K": noise((K,), dtype, device, 2),
         "k_weight_K": noise((K,), dtype, device, 3),
         "cos_LP": angle_LP.cos(),
         "sin_LP": angle_LP.sin(),
-        **dict(zip(WRITTEN, joint, strict=True)),
+        "q_BLHK": q_joint,
+        "k_BLHK": k_joint,
+        "v_BLHK": poisoned((B, L, H, 2 * K), dtype, device)[..., :K],
     }
 
-
-WRITTEN = ("q_BLHK", "k_BLHK", "v_BLHK")
 
 OP = Op(
     name="qk_norm_rope",
@@ -172,6 +172,6 @@ OP = Op(
         {"B": 1, "L": 4096, "H": 24, "K": 64},
         {"B": 1, "L": 512, "H": 8, "K": 96},
     ),
-    written=WRITTEN,
+    written=("q_BLHK", "k_BLHK", "v_BLHK"),
     bytes=lambda i: 2 * i["qkv_BL3HK"].nbytes + i["cos_LP"].nbytes + i["sin_LP"].nbytes,
 )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -107,13 +107,13 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        up = nn.Module()
-        up.proj = nn.Linear(width, MLP_RATIO * width)
-        self.net = nn.ModuleList([up, nn.Identity(), nn.Linear(MLP_RATIO * width, width)])
+        up, down = nn.Linear(width, MLP_RATIO * width), nn.Linear(MLP_RATIO * width, width)
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.net[0].proj(x)
-        return self.net[2](gelu_tanh(hidden, out=hidden))
+        up, down = cast(nn.ModuleDict, self.net[0]), self.net[2]
+        hidden = up["proj"](x)
+        return down(gelu_tanh(hidden, out=hidden))
 
 
 class DoubleAttention(nn.Module):
@@ -180,6 +180,15 @@ class DoubleBlock(nn.Module):
         return image_BID, _clip_half(text_BTD)
 
 
+class SingleAttention(nn.Module):
+    """Weights of a single block's attention, with the MLP's first layer in the same GEMM."""
+
+    def __init__(self, width: int, head_dim: int) -> None:
+        super().__init__()
+        self.to_qkv_mlp = nn.Linear(width, (3 + MLP_RATIO) * width)
+        self.norm_q, self.norm_k = RMSNormWeight(head_dim), RMSNormWeight(head_dim)
+
+
 class SingleBlock(nn.Module):
     """One GEMM in (Q, K, V and MLP), one GEMM out over [attention, GELU(MLP)] written side by side."""
 
@@ -190,9 +199,7 @@ class SingleBlock(nn.Module):
         D, K = config.width, config.attention_head_dim
         self.heads, self.head_dim, self.attention = config.num_attention_heads, K, attention
         self.norm = Modulation(D, 3)
-        self.attn = nn.Module()
-        self.attn.to_qkv_mlp = nn.Linear(D, (3 + MLP_RATIO) * D)
-        self.attn.norm_q, self.attn.norm_k = RMSNormWeight(K), RMSNormWeight(K)
+        self.attn = SingleAttention(D, K)
         self.proj_out = nn.Linear((1 + MLP_RATIO) * D, D)
 
     def forward(self, joint_BLD: Tensor, embedding_BD: Tensor, rotary: Rotary) -> Tensor:
@@ -377,6 +384,7 @@ class Flux1:
         rotary = self.transformer.rotary(text.shape[1], rows, columns, device)
         guidance_B = None
         if self.transformer.config.guidance_embeds:
+            assert guidance.embedded is not None, "checkpoints with a guidance embedding have a default strength"
             strength = torch.full((len(text),), guidance.embedded, dtype=torch.float32)
             guidance_B = (strength.to(dtype) * TIMESTEPS).to(device)
 
@@ -391,7 +399,7 @@ class Flux1:
     def decode(self, x: Tensor, size: Size) -> Tensor:
         z = _unpack(x, size.height // self.patch, size.width // self.patch)
         config = self.vae.config
-        z = z / config.scaling_factor + config.shift_factor
+        z = z / config.scaling_factor + (config.shift_factor or 0.0)
         return self.vae.decode(z.to(self.vae.decoder.conv_in.weight.dtype))
 
 

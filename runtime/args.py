@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
@@ -37,6 +37,9 @@ class Options(BaseModel):
     """Base of all groups: immutable, and strict about names."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+T = TypeVar("T", bound=Options)
 
 
 # -- the model and how it runs ---------------------------------------------------------
@@ -172,7 +175,9 @@ class PictureOptions(Options):
     num_outputs_per_prompt: int = option(
         1, "Pictures or clips of every prompt.", aliases=["num_outputs", "num_samples"], ge=1
     )
-    seed: int | None = option(None, "Seed of the first picture, 42 if not given; each further one adds 1.", ge=0, lt=2**63)
+    seed: int | None = option(
+        None, "Seed of the first picture, 42 if not given; each further one adds 1.", ge=0, lt=2**63
+    )
 
 
 class VideoOptions(Options):
@@ -199,7 +204,9 @@ class OutputOptions(Options):
         None, "File name; its suffix is the format. Several results get _0, _1 ... (default: prompt, time, digest)."
     )
     save_output: bool = option(True, "Write files. It is on unless switched off.")
-    return_frames: bool = option(False, "Also write the raw frames, uint8 (F, H, W, 3), as a .npy file beside each result.")
+    return_frames: bool = option(
+        False, "Also write the raw frames, uint8 (F, H, W, 3), as a .npy file beside each result."
+    )
     output_quality: int | None = option(None, "1 to 100, for JPEG, WebP and video.", ge=1, le=100)
     perf_dump_path: str | None = option(None, "Write the run's report to this JSON file, also if it fails.")
 
@@ -210,9 +217,7 @@ class BackendOptions(Options):
     diffusers_kwargs: dict[str, Any] = option({}, "More arguments for the diffusers pipeline, as JSON.")
 
 
-class SamplingParams(
-    PromptOptions, PictureOptions, VideoOptions, DenoisingOptions, OutputOptions, BackendOptions
-):
+class SamplingParams(PromptOptions, PictureOptions, VideoOptions, DenoisingOptions, OutputOptions, BackendOptions):
     """What to draw and where to put it."""
 
 
@@ -222,6 +227,7 @@ class SamplingParams(
 def groups(model: type[Options]) -> Iterator[tuple[str, dict[str, FieldInfo]]]:
     """The groups of `ServerArgs` or `SamplingParams`: title and own fields, in the order of declaration."""
     for base in model.__bases__:
+        assert issubclass(base, Options)
         own = {n: f for n, f in base.model_fields.items() if n in base.__annotations__}
         yield (base.__doc__ or base.__name__), own
 
@@ -261,7 +267,7 @@ def parse_args(values: Mapping[str, Any]) -> tuple[ServerArgs, SamplingParams]:
     return parse(ServerArgs, server), parse(SamplingParams, sampling)
 
 
-def parse(model: type[Any], values: Mapping[str, Any]) -> Any:
+def parse(model: type[T], values: Mapping[str, Any]) -> T:
     """A `ServerArgs` or `SamplingParams`; pydantic's complaint becomes one line that names field, value, allowed."""
     try:
         return model(**values)

@@ -60,11 +60,7 @@ class DiffusersPipeline:
         self.kinds = component_kinds(checkpoint)
         self.pipe = _load(checkpoint, args, plan, pipeline_class)
         self.pipe.set_progress_bar_config(disable=True)
-        self.call_arguments = {
-            name: p
-            for name, p in inspect.signature(self.pipe.__call__).parameters.items()
-            if p.kind is not p.VAR_KEYWORD
-        }
+        self.call_arguments = _call_arguments(type(self.pipe))
         self.draws_video = "num_frames" in self.call_arguments
         self.attention = self._set_attention(args)
         self.tile = self._tile_size(args)
@@ -74,7 +70,7 @@ class DiffusersPipeline:
             self._vae_switch("vae_tiling", "enable_tiling")
         self.compiled = self._compile() if plan.compile else {}
 
-    def denoisers(self) -> dict[str, torch.nn.Module]:
+    def denoisers(self) -> dict[str, Any]:
         found = {k: getattr(self.pipe, k, None) for k, kind in self.kinds.items() if kind == "denoiser"}
         return {k: m for k, m in found.items() if isinstance(m, torch.nn.Module)}
 
@@ -119,29 +115,25 @@ class DiffusersPipeline:
         getattr(vae, method)()
 
     def _tile_size(self, args: ServerArgs) -> tuple[int, int] | None:
-        height, width = (
-            args.vae_config.tile_sample_min_height,
-            args.vae_config.tile_sample_min_width,
-        )
+        """Sets the size of VAE tiles where it was asked for, and returns it in pixels."""
+        height, width = args.vae_config.tile_sample_min_height, args.vae_config.tile_sample_min_width
         if height is None and width is None:
             return None
-        vae = getattr(self.pipe, "vae", None)
+        vae: Any = getattr(self.pipe, "vae", None)
         if hasattr(vae, "tile_sample_min_height"):
             vae.tile_sample_min_height = height or vae.tile_sample_min_height
             vae.tile_sample_min_width = width or vae.tile_sample_min_width
             return vae.tile_sample_min_height, vae.tile_sample_min_width
         if not hasattr(vae, "tile_sample_min_size"):
-            raise UserError(
-                f"vae_config.tile_sample_min_height={height}: the VAE of {self.pipeline_class} has no tiles"
-            )
-        if height != width:
+            raise UserError(f"vae_config.tile_sample_min_height={height}: {self.pipeline_class} has no VAE with tiles")
+        if height is None or height != width:
             raise UserError(
                 f"vae_config.tile_sample_min_height={height}: this VAE has square tiles; "
                 "give the same tile_sample_min_width"
             )
         vae.tile_latent_min_size = int(height * vae.tile_latent_min_size / vae.tile_sample_min_size)
         vae.tile_sample_min_size = height
-        return height, width
+        return height, height
 
     def _compile(self) -> dict[str, str]:
         compiled = {}
@@ -364,6 +356,18 @@ class _Stages:
             self.open.pop(stage).close()
             if stage != "denoise_step":
                 self.emit(StageFinished(stage))
+
+
+def _call_arguments(cls: type[Any]) -> dict[str, inspect.Parameter]:
+    """Named arguments of a pipeline's call, those of its parents included: a custom class may pass **kwargs on."""
+    named: dict[str, inspect.Parameter] = {}
+    for parent in reversed(cls.__mro__):
+        if "__call__" in vars(parent):
+            parameters = inspect.signature(vars(parent)["__call__"]).parameters
+            passes_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and parent is not cls.__mro__[-1]
+            own = {n: p for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and n != "self"}
+            named = {**(named if passes_on else {}), **own}
+    return named
 
 
 def _load(checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_class: str) -> Any:

@@ -32,7 +32,7 @@ from sgl_diffusion.runtime.events import Event, Finished, Result, StageFinished,
 from sgl_diffusion.runtime.output import Output, plan_outputs, request_digest, save, save_frames
 from sgl_diffusion.runtime.pipeline import NativePipeline, Pixels
 from sgl_diffusion.runtime.plan import make_plan
-from sgl_diffusion.runtime.report import Report, commit_hash, memory_checkpoint, versions
+from sgl_diffusion.runtime.report import Failure, Report, StageTime, StepTime, commit_hash, memory_checkpoint, versions
 from sgl_diffusion.runtime.request import Request, resolve_request
 from sgl_diffusion.runtime.trace import Span, Stopwatch
 
@@ -244,14 +244,14 @@ class _Run:
             commit_hash=commit_hash(),
             tag="cli_generate",
             total_duration_ms=(time.perf_counter() - self.started) * 1000,
-            steps=[{"name": s.name, "duration_ms": s.duration_ms} for s in spans if s.depth == 0],
-            denoise_steps_ms=[{"step": i, "duration_ms": s.duration_ms} for i, s in enumerate(_steps(spans))],
+            steps=[StageTime(name=s.name, duration_ms=s.duration_ms) for s in spans if s.depth == 0],
+            denoise_steps_ms=[StepTime(step=i, duration_ms=s.duration_ms) for i, s in enumerate(_steps(spans))],
             memory_checkpoints=self.memory,
             meta=meta,
             effective=effective,
             versions=versions(engine.device),
             outputs=[str(p) for p in self.paths],
-            error=None if error is None else {"type": type(error).__name__, "message": str(error)},
+            error=None if error is None else Failure(type=type(error).__name__, message=str(error)),
         )
 
 

@@ -118,9 +118,8 @@ def save(output: Output, path: Path, metadata: Mapping[str, Any], quality: int |
             _write_picture(output.image, Path(part), note, quality)
         os.chmod(part, 0o666 & ~_umask())
         os.replace(part, path)
-    except BaseException:
-        os.unlink(part)
-        raise
+    finally:
+        Path(part).unlink(missing_ok=True)  # gone already unless something failed
 
 
 def save_frames(output: Output, path: Path) -> Path:
@@ -170,7 +169,9 @@ def _write_clip(frames: NDArray[np.uint8], fps: int, path: Path, note: str, qual
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
         stream.thread_count = 1
         if codec != "gif":
-            crf = str(round((100 - quality) / 100 * 51)) if codec == "libx264" else str(round((100 - quality) / 100 * 63))
+            crf = (
+                str(round((100 - quality) / 100 * 51)) if codec == "libx264" else str(round((100 - quality) / 100 * 63))
+            )
             stream.options = {"crf": crf, "flags": "+bitexact", **({"b": "0"} if codec == "libvpx-vp9" else {})}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))

@@ -97,14 +97,15 @@ class NativePipeline:
             load_weights(module, weight_files(folders[key]), device, dtype)
         return module.eval().requires_grad_(False)
 
-    def _encoder(self, key: str, config: Mapping[str, Any], folders: Mapping[str, Path] | None) -> nn.Module:
+    def _encoder(self, key: str, config: Mapping[str, Any], folders: Mapping[str, Path] | None) -> Any:
         device, dtype, requested = self.plan.device, self.plan.dtypes[key], self.plan.attention[key]
+        encoder: Any
         if folders is None:
             encoder = dummy_encoder(key, config, device, dtype, requested)
             fill_dummy(encoder, device, dtype)
         else:
             encoder = load_encoder(key, folders[key], device, dtype, requested)
-        self.encoder_attention[key] = encoder.config._attn_implementation
+        self.encoder_attention[key] = str(encoder.config._attn_implementation)
         return encoder.eval().requires_grad_(False)
 
     @staticmethod

@@ -94,4 +94,4 @@ def _one_each(names: Sequence[str], encoders: Sequence[str]) -> list[torch.dtype
             f"text_encoder_precisions={' '.join(names)}: expected 1 or {len(encoders)} values, "
             f"one for each of {', '.join(encoders)}"
         )
-    return [DTYPES[n] for n in (names * len(encoders) if len(names) == 1 else names)]
+    return [DTYPES[n] for n in (list(names) * len(encoders) if len(names) == 1 else names)]

@@ -46,9 +46,7 @@ SAMPLING_FIELDS = (
 )  # fmt: skip
 
 
-def resolve_request(
-    params: SamplingParams, checkpoint_defaults: Mapping[str, Any], server: ServerArgs
-) -> Request:
+def resolve_request(params: SamplingParams, checkpoint_defaults: Mapping[str, Any], server: ServerArgs) -> Request:
     """Merges the user's parameters over the checkpoint's defaults.
 
     Raises:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sgl_diffusion.models.config import ConfigError, demand, read_config
 
@@ -60,7 +61,7 @@ class FlowMatchEuler:
         Raises:
             ValueError: one step with a terminal shift, which divides by zero.
         """
-        sigma = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+        sigma: NDArray[Any] = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
         if self.use_dynamic_shifting:
             mu = self._mu(image_tokens)
             factor = math.exp(mu) if self.time_shift_type == "exponential" else mu

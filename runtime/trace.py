@@ -58,7 +58,7 @@ class Stopwatch:
     def _now(self) -> Mark:
         if self.device.type != "cuda":
             return time.perf_counter_ns()
-        event = torch.cuda.Event(enable_timing=True)
+        event: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record(torch.cuda.current_stream(self.device))
         return event
 

@@ -54,14 +54,14 @@ def load_weights(module: nn.Module, files: Sequence[Path], device: torch.device,
     module.to(dtype).to_empty(device=device)
     sources = packed_sources(module)
     parameters = dict(module.named_parameters())
-    skipped = tuple(module.unused_weights()) if hasattr(module, "unused_weights") else ()
+    skipped = tuple(getattr(module, "unused_weights", tuple)())
     filled: dict[str, list[str]] = {name: [] for name in parameters}  # parameter -> checkpoint names seen
     rows: dict[str, dict[str, Tensor]] = {}  # parts of packed parameters, until their order of rows is known
     unexpected, misshaped = [], []
 
     owner = {source: target for target, names in sources.items() for source in names}
     for name, read in _tensors(files):
-        if name.startswith(skipped) and skipped:
+        if name.startswith(skipped):
             continue
         prefix, _, leaf = name.rpartition(".")
         if prefix in owner and (parameter := f"{owner[prefix]}.{leaf}") in parameters:
@@ -121,7 +121,7 @@ class Reader:
     name: str
 
     def __call__(self) -> Tensor:
-        tensor: Tensor = self.file.get_tensor(self.name)
+        tensor: Tensor = self.file.get_tensor(self.name)  # type: ignore[no-untyped-call]
         return tensor
 
 

@@ -38,9 +38,7 @@ def repaired_interpreter() -> Iterator[None]:
 
 
 def _convert_bf16(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
-    def convert(
-        self: Any, source: TensorHandle, target: tl.dtype, *rounding: object
-    ) -> TensorHandle:
+    def convert(self: Any, source: TensorHandle, target: tl.dtype, *rounding: object) -> TensorHandle:
         if _is_bf16(source):
             fp32 = TensorHandle(_widen(source.data), tl.float32)
             return fp32 if target.scalar == tl.float32 else original(self, fp32, target, *rounding)
@@ -54,9 +52,7 @@ def _convert_bf16(original: Callable[..., TensorHandle]) -> Callable[..., Tensor
 def _widen_operands(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     """Tensor cores multiply 16-bit floats exactly and add in fp32; so does NumPy once they are fp32."""
 
-    def dot(
-        self: Any, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *options: object
-    ) -> TensorHandle:
+    def dot(self: Any, a: TensorHandle, b: TensorHandle, acc: TensorHandle, *options: object) -> TensorHandle:
         if _is_bf16(a):
             a, b = (TensorHandle(_widen(x.data), tl.float32) for x in (a, b))
         elif a.dtype.scalar == tl.float16:

@@ -38,9 +38,11 @@ def test_every_kernel_compiles_cleanly(arch: str, tmp_path: Path) -> None:
 def test_the_gate_closes() -> None:
     """A tile far beyond registers and shared memory: exit code 1 and the reasons."""
     program = (
-        "import sys; from sgl_diffusion.kernels import launch; from sgl_diffusion.bench import aot;"
-        "tile = {'BLOCK_Q': 128, 'BLOCK_S': 128, 'STAGES': 4, 'num_warps': 4};"
-        "launch.tile_table('sm_89')['attention'][:] = [{'tile': tile}];"
+        "import sys; from dataclasses import replace; from sgl_diffusion.bench import aot;"
+        "tile = {'BLOCK_Q': 128, 'BLOCK_S': 256, 'STAGES': 4, 'num_warps': 4};"
+        "aot.launch.tile_table('sm_89')['attention'][:] = [{'tile': tile}];"
+        "op = aot.OPS['attention']; aot.DTYPES = (aot.torch.bfloat16,);"
+        "aot.OPS['attention'] = replace(op, production=op.production[1:2]);"
         "sys.argv = ['aot', '--arch', 'sm_89', '--op', 'attention']; sys.exit(aot.main())"
     )
     done = python("-c", program)

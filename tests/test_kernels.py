@@ -80,9 +80,7 @@ def qk_norm_rope_formula(
     return rotated(q, q_weight_K), rotated(k, k_weight_K), v
 
 
-def group_norm_formula(
-    x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, silu: bool
-) -> Tensor:
+def group_norm_formula(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, silu: bool) -> Tensor:
     x = x_BCHW.reshape(x_BCHW.shape[0], groups, -1)
     centred = x - x.mean(-1, keepdim=True)
     normed = centred / torch.sqrt((centred**2).mean(-1, keepdim=True) + 1e-6)
@@ -95,9 +93,7 @@ def euler_step_formula(x: Tensor, velocity: Tensor, dt: float | Tensor) -> Tenso
     return x + dt * velocity
 
 
-FORMULAS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {
-    name: globals()[f"{name}_formula"] for name in OPS
-}
+FORMULAS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {name: globals()[f"{name}_formula"] for name in OPS}
 
 
 # -- every op, from the catalog ---------------------------------------------------

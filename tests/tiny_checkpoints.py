@@ -17,10 +17,11 @@ import diffusers
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from sgl_diffusion.models.embedded import world
-from sgl_diffusion.models.embedded.train import Tokens, build_tokenizers
 from tokenizers import AddedToken, pre_tokenizers
 from torch import nn
+
+from sgl_diffusion.models.embedded import world
+from sgl_diffusion.models.embedded.tokens import Tokens, build_tokenizers
 
 CLIP_WIDTH, T5_WIDTH = 32, 48
 QK_NORMS = ("norm_q.weight", "norm_k.weight", "norm_added_q.weight", "norm_added_k.weight")
@@ -185,8 +186,13 @@ def build_ovis(path: Path) -> Path:
     tokenizer = _byte_level_tokenizer()
     encoder = transformers.Qwen3Model(
         transformers.Qwen3Config(
-            vocab_size=len(tokenizer) // 8 * 8 + 8, hidden_size=T5_WIDTH, intermediate_size=96, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+            vocab_size=len(tokenizer) // 8 * 8 + 8,
+            hidden_size=T5_WIDTH,
+            intermediate_size=96,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
         )  # fmt: skip
     )
     transformer = diffusers.OvisImageTransformer2DModel(

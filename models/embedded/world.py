@@ -13,12 +13,14 @@ import itertools
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Picture = NDArray[np.float32]
 Mask = NDArray[np.bool_]
+Field = NDArray[Any]  # a number for every pixel
 
 SIZE = 64
 COLOURS = {
@@ -140,7 +142,7 @@ def vocabulary() -> list[str]:
 _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
 
 
-def _distance(shape: str, x: Picture, y: Picture, radius: float) -> Picture:
+def _distance(shape: str, x: Field, y: Field, radius: float) -> Field:
     """Signed distance in pixels to the outline of a shape centred at 0, negative inside."""
     if shape == "circle":
         return np.hypot(x, y) - radius
@@ -159,7 +161,7 @@ def _distance(shape: str, x: Picture, y: Picture, radius: float) -> Picture:
 
 def render(scene: Scene, rng: np.random.Generator | None = None) -> Picture:
     """The picture of a scene; with `rng` every shape is moved by up to 2 pixels and resized by up to 6 %."""
-    picture = np.empty((3, SIZE, SIZE), np.float32)
+    picture: Field = np.empty((3, SIZE, SIZE), np.float32)
     picture[:] = np.array(COLOURS[scene.background], np.float32)[:, None, None] / 255
     radius = RADIUS_ALONE if len(scene.things) == 1 else RADIUS_PAIR
     for thing in scene.things:
