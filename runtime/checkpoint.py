@@ -14,7 +14,7 @@ from typing import Any
 from sgl_diffusion.runtime.errors import UserError
 
 EMBEDDED = "embedded"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CONFIG_NAMES = (
     "config.json",
     "scheduler_config.json",

@@ -1,4 +1,4 @@
-"""The embedded model's tokenizers: a CLIP byte-level BPE and a T5 unigram in which every word of the world is one token."""
+"""The embedded model's tokenizers: CLIP byte-level BPE and T5 unigram, every word of the world a single token."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ Stages, each resumable from its last checkpoint in DIR and fully determined by i
   export      the pipeline folder in the diffusers layout, float16
   score       draws held-out prompts through diffusers and judges them
 
-Needs diffusers and transformers; no GPU. On two CPU cores the whole takes about two hours.
+Needs diffusers and transformers; no GPU. One CPU core takes about 75 minutes.
 """
 
 from __future__ import annotations
@@ -427,9 +427,9 @@ def main() -> None:
     parser.add_argument("stage", choices=["all", *_stages()])
     parser.add_argument("--work", type=Path, required=True, help="folder of checkpoints and parts")
     parser.add_argument("--out", type=Path, help="folder of the exported pipeline (default: WORK/checkpoint)")
-    parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--text-steps", type=int, default=3000)
-    parser.add_argument("--flow-steps", type=int, default=12000)
+    parser.add_argument("--vae-steps", type=int, default=1800)
+    parser.add_argument("--text-steps", type=int, default=800)
+    parser.add_argument("--flow-steps", type=int, default=2200)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -1,0 +1,198 @@
+"""`sglang` as users run it: a subprocess, its files, its exit codes, its one-line messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_checkpoints import copy, edit_weights
+
+SGLANG = Path(sys.executable).with_name("sglang")
+SMALL = ("--height", "32", "--width", "48", "--num-inference-steps", "2", "--max-sequence-length", "16")
+Tiny = Callable[[str], Path]
+
+
+def sglang(*words: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SGLANG, *map(str, words)],
+        cwd=cwd,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+
+
+def assert_refused(done: subprocess.CompletedProcess[str], *told: str) -> None:
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    assert all(t in lines[0] for t in told), lines[0]
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+# -- what works -----------------------------------------------------------------------
+
+
+def test_the_same_request_gives_the_same_bytes_and_a_report(tiny: Tiny, tmp_path: Path) -> None:
+    words = ("generate", "--model-path", tiny("flux"), "--prompt", "a red circle", "--seed", "1", *SMALL)
+    for run in ("one", "two"):
+        done = sglang(*words, "--output-path", run, "--output-file-name", "a.png",
+                      "--perf-dump-path", f"{run}.json", cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"saved {run}/a.png" in done.stdout
+    assert (tmp_path / "one/a.png").read_bytes() == (tmp_path / "two/a.png").read_bytes()
+    report = json.loads((tmp_path / "one.json").read_text())
+    assert [s["name"] for s in report["steps"]] == [
+        "text_encoding", "latent_preparation", "denoising", "decoding", "saving",
+    ]  # fmt: skip
+    assert [s["step"] for s in report["denoise_steps_ms"]] == [0, 1]
+    assert report["effective"]["backend"] == "sglang" and report["effective"]["ignored"] == []
+    assert report["effective"]["attention"]["transformer"] == "torch_sdpa"
+    assert report["outputs"] == ["one/a.png"] and report["error"] is None
+
+
+def test_both_backends_draw_the_same_picture(tiny: Tiny, tmp_path: Path) -> None:
+    for backend in ("sglang", "diffusers"):
+        done = sglang("generate", "--model-path", tiny("flux"), "--prompt", "a red circle", "--backend", backend,
+                      "--output-path", ".", "--output-file-name", f"{backend}.png", *SMALL, cwd=tmp_path)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    a, b = (np.asarray(Image.open(tmp_path / f"{n}.png"), dtype=float) for n in ("sglang", "diffusers"))
+    assert np.abs(a - b).max() <= 1  # a rounding of 8 bits
+
+
+def test_prompt_file_samples_config_and_quiet_stderr(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n\na blue square\n")
+    config = {"model_path": str(tiny("flux")), "num_inference_steps": 9, "seed": 5, "output_file_name": "p.webp"}
+    (tmp_path / "c.json").write_text(json.dumps(config))
+    done = sglang("generate", "--config", "c.json", "--prompt-path", "prompts.txt", "--num-samples", "2", *SMALL,
+                  "--log-level", "warning", cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert files(tmp_path / "outputs") == [f"p_{i}.webp" for i in range(4)]
+    assert done.stderr == ""
+
+
+def test_verify_passes_writes_json_and_fails_past_the_tolerance(tiny: Tiny, tmp_path: Path) -> None:
+    done = sglang("verify", tiny("flux"), *SMALL, "--output", "v.json", cwd=tmp_path)
+    assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+    result = json.loads((tmp_path / "v.json").read_text())
+    assert result["passed"] and {s["stage"] for s in result["stages"]} >= {"final_latents", "pixels"}
+    done = sglang("verify", tiny("flux"), *SMALL, "--tolerance", "1e-12", cwd=tmp_path)
+    assert done.returncode == 1 and "FAIL" in done.stdout
+
+
+def test_help_and_version_need_no_model(tmp_path: Path) -> None:
+    for words in (["--help"], [], ["generate", "--help"], ["version"]):
+        assert sglang(*words, cwd=tmp_path).returncode == 0
+    text = sglang("generate", "--help", cwd=tmp_path).stdout
+    assert "--num-inference-steps" in text and "(default: outputs/)" in " ".join(text.split())
+    alias = subprocess.run([SGLANG.with_name("sgl-diffusion"), "version"], capture_output=True, check=False)
+    assert alias.returncode == 0
+
+
+# -- what does not ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["generat"], "unknown command 'generat'"),
+        (["generate", "--promt", "x"], "unknown flag --promt; did you mean --prompt?"),
+        (["generate"], "prompt: none given"),
+        (["generate", "--prompt", "x", "--num-inference-steps", "-1"], "num_inference_steps=-1: must be at least 1"),
+        (["generate", "--prompt", "x", "--model-path", "./nowhere"], "model_path=./nowhere: no such folder"),
+        (["generate", "--prompt", "x", "--model-path", "org/name"], "model_path=org/name: not in the local cache"),
+        (["generate", "--prompt", "x", "--config", "none.json"], "config=none.json: cannot be read"),
+        (["perf", "show", "none.json"], "none.json: cannot be read"),
+    ],
+)
+def test_mistakes_that_need_no_model(tmp_path: Path, words: list[str], told: str) -> None:
+    assert_refused(sglang(*words, cwd=tmp_path), told)
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--vea-path", "x"], "vea_path=x: "),
+        (["--height", "33"], "height=33: must be a multiple of 16; nearest: 32 or 48"),
+        (["--num-frames", "5"], "num_frames=5: this model draws pictures from text alone"),
+        (["--negative-prompt", "x"], "negative_prompt: has no effect without true_cfg_scale above 1"),
+        (["--true-cfg-scale", "2"], "true_cfg_scale=2.0: needs a negative_prompt"),
+        (["--max-sequence-length", "2"], "max_sequence_length=2: the prompt has"),
+        (["--output-file-name", "a.mp4"], "output_file_name=a.mp4: a picture is written as one of .png"),
+        (["--output-path", "/proc/none"], "output_path=/proc/none: cannot be written"),
+        (["--perf-dump-path", "none/p.json"], "perf_dump_path=none/p.json: the folder none does not exist"),
+        (["--attention-backend", "triton"], "triton: needs an NVIDIA GPU"),
+        (["--attention-backend", "nope"], "attention backend 'nope' of transformer: expected one of torch_sdpa"),
+        (["--device", "cuda"], "device=cuda: no NVIDIA GPU"),
+        (["--pipeline-class-name", "FluxPipelin", "--backend", "sglang"], "backend=sglang: FluxPipelin has no native"),
+        (["--text-encoder-precisions", "fp32", "fp32", "fp32"], "text_encoder_precisions=fp32 fp32 fp32: expected 1 or 2"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_the_work(tiny: Tiny, tmp_path: Path, words: list[str], told: str) -> None:
+    done = sglang("generate", "--model-path", tiny("flux"), "--prompt", "a red circle", "--device", "cpu", *SMALL,
+                  *words, cwd=tmp_path)  # fmt: skip
+    assert_refused(done, told)
+    assert files(tmp_path) == []
+
+
+def test_a_corrupt_file_is_named(tiny: Tiny, tmp_path: Path) -> None:
+    broken = copy(tiny("flux"), tmp_path / "broken")
+    (file,) = (broken / "transformer").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:1000])
+    done = sglang("generate", "--model-path", "broken", "--prompt", "x", cwd=tmp_path)
+    assert_refused(done, str(file.name), "not a readable safetensors file")
+    assert not (tmp_path / "outputs").exists()
+
+
+def test_wrong_weights_are_listed(tiny: Tiny, tmp_path: Path) -> None:
+    wrong = copy(tiny("flux"), tmp_path / "wrong")
+
+    def edit(tensors: dict[str, object]) -> None:
+        tensors["stray.weight"] = tensors.pop("proj_out.weight")
+        tensors["x_embedder.bias"] = tensors["x_embedder.bias"][:-1].clone()  # type: ignore[index]
+
+    edit_weights(wrong, "transformer", edit)
+    done = sglang("generate", "--model-path", "wrong", "--prompt", "x", cwd=tmp_path)
+    assert_refused(
+        done, "missing weights: proj_out.weight", "unexpected weights: stray.weight", "x_embedder.bias (127,)"
+    )
+
+
+def test_a_file_of_another_run_is_not_overwritten(tiny: Tiny, tmp_path: Path) -> None:
+    words = ("generate", "--model-path", tiny("flux"), "--output-path", ".", "--output-file-name", "a.png", *SMALL)
+    assert sglang(*words, "--prompt", "a red circle", cwd=tmp_path).returncode == 0
+    before = (tmp_path / "a.png").read_bytes()
+    assert_refused(sglang(*words, "--prompt", "a blue circle", cwd=tmp_path), "output_file_name=a.png", "another run")
+    assert (tmp_path / "a.png").read_bytes() == before
+    assert sglang(*words, "--prompt", "a red circle", cwd=tmp_path).returncode == 0  # the same request may be repeated
+    assert (tmp_path / "a.png").read_bytes() == before
+
+
+def test_a_failed_run_still_leaves_its_report(tiny: Tiny, tmp_path: Path) -> None:
+    done = sglang("generate", "--model-path", tiny("flux"), "--prompt", "x", *SMALL, "--height", "40",
+                  "--perf-dump-path", "p.json", cwd=tmp_path)  # fmt: skip
+    assert_refused(done, "height=40")
+    report = json.loads((tmp_path / "p.json").read_text())
+    assert report["error"] == {"type": "UserError", "message": done.stderr.splitlines()[-1].removeprefix("error: ")}
+    assert files(tmp_path) == ["p.json"]
+
+
+def test_a_missing_component_folder_and_index(tiny: Tiny, tmp_path: Path) -> None:
+    shutil.rmtree(copy(tiny("flux"), tmp_path / "half") / "vae")
+    assert_refused(sglang("generate", "--model-path", "half", "--prompt", "x", cwd=tmp_path), "component folder vae")
+    (tmp_path / "empty").mkdir()
+    assert_refused(sglang("generate", "--model-path", "empty", "--prompt", "x", cwd=tmp_path), "no model_index.json")
