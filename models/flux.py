@@ -120,8 +120,8 @@ class DoubleAttention(nn.Module):
     """Weights of the joint attention of a double block (`FluxAttention` with added projections)."""
 
     packed = {
-        "to_qkv": ("to_q", "to_k", "to_v"),
-        "add_qkv_proj": ("add_q_proj", "add_k_proj", "add_v_proj"),
+        "to_qkv": {"to_q": 1, "to_k": 1, "to_v": 1},
+        "add_qkv_proj": {"add_q_proj": 1, "add_k_proj": 1, "add_v_proj": 1},
     }
 
     def __init__(self, config: FluxConfig) -> None:
@@ -192,7 +192,7 @@ class SingleAttention(nn.Module):
 class SingleBlock(nn.Module):
     """One GEMM in (Q, K, V and MLP), one GEMM out over [attention, GELU(MLP)] written side by side."""
 
-    packed = {"attn.to_qkv_mlp": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp")}
+    packed = {"attn.to_qkv_mlp": {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1, "proj_mlp": MLP_RATIO}}
 
     def __init__(self, config: FluxConfig, attention: AttentionFn) -> None:
         super().__init__()
@@ -423,6 +423,7 @@ SCHNELL_DEFAULTS = Defaults(
 )
 
 _TRANSFORMER = {
+    "_class_name": "FluxTransformer2DModel",
     "in_channels": 64,
     "num_layers": 19,
     "num_single_layers": 38,
@@ -433,6 +434,7 @@ _TRANSFORMER = {
     "axes_dims_rope": [16, 56, 56],
 }
 _VAE = {
+    "_class_name": "AutoencoderKL",
     "in_channels": 3,
     "out_channels": 3,
     "down_block_types": ["DownEncoderBlock2D"] * 4,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,23 +47,39 @@ def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
 
 
 class HashTokenizer:
-    """Stands in for a tokenizer where dummy weights leave nothing to spell: words become ids by a fixed hash."""
+    """Stands in for a tokenizer where dummy weights leave nothing to spell: words become ids by a fixed hash.
+
+    It answers what our families and diffusers' pipelines ask of one.
+    """
+
+    added_tokens_encoder: Mapping[str, int] = {}
 
     def __init__(self, vocabulary: int, model_max_length: int) -> None:
         self.vocabulary, self.model_max_length = vocabulary, model_max_length
 
+    @classmethod
+    def for_encoder(cls, config: Mapping[str, Any]) -> HashTokenizer:
+        """One that fits a text encoder's `config.json`."""
+        return cls(config["vocab_size"], config.get("max_position_embeddings", 512))
+
     def __call__(self, text: str | Sequence[str], **options: Any) -> Any:
         if isinstance(text, str):
             return _Batch([self._word(w) for w in text.split()])
-        length = options["max_length"]
-        rows = [([self._word(w) for w in t.split()] + [1] * length)[:length] for t in text]
-        return _Batch(torch.tensor(rows))
+        words = [[self._word(w) for w in t.split()] for t in text]
+        length = options.get("max_length") or max(map(len, words))
+        return _Batch(torch.tensor([(row + [1] * length)[:length] for row in words]))
+
+    def tokenize(self, text: str) -> list[str]:
+        return text.split()
 
     def _word(self, word: str) -> int:
         return 3 + sum(ord(c) * 31**i for i, c in enumerate(word)) % (self.vocabulary - 4)
 
     def decode(self, ids: Sequence[int]) -> str:
         return " ".join(str(i) for i in ids)
+
+    def batch_decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        return [self.decode(row) for row in ids]
 
 
 class _Batch:

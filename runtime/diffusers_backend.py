@@ -17,15 +17,17 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError
 
+from sgl_diffusion.models.text import HashTokenizer
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.checkpoint import Checkpoint
-from sgl_diffusion.runtime.encoders import IMPLEMENTATIONS
+from sgl_diffusion.runtime.encoders import IMPLEMENTATIONS, dummy_encoder
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import Event, StageFinished, StageStarted, StepDone
 from sgl_diffusion.runtime.pipeline import Pixels
 from sgl_diffusion.runtime.plan import Plan, dtype_name
 from sgl_diffusion.runtime.request import Request
 from sgl_diffusion.runtime.trace import Stopwatch
+from sgl_diffusion.runtime.weights import fill_dummy
 
 COUNT_ARGUMENTS = ("num_images_per_prompt", "num_videos_per_prompt")
 # our name -> the argument of a pipeline's __call__; the same word unless listed
@@ -55,10 +57,8 @@ class DiffusersPipeline:
 
     name = "diffusers"
 
-    def __init__(self, checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_class: str) -> None:
-        self.plan, self.pipeline_class = plan, pipeline_class
-        self.kinds = component_kinds(checkpoint)
-        self.pipe = _load(checkpoint, args, plan, pipeline_class)
+    def __init__(self, pipe: Any, kinds: Mapping[str, str], args: ServerArgs, plan: Plan, pipeline_class: str) -> None:
+        self.pipe, self.kinds, self.plan, self.pipeline_class = pipe, kinds, plan, pipeline_class
         self.pipe.set_progress_bar_config(disable=True)
         self.call_arguments = _call_arguments(type(self.pipe))
         self.draws_video = "num_frames" in self.call_arguments
@@ -370,7 +370,12 @@ def _call_arguments(cls: type[Any]) -> dict[str, inspect.Parameter]:
     return named
 
 
-def _load(checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_class: str) -> Any:
+def load_pipe(checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_class: str) -> Any:
+    """diffusers' own pipeline object, on the plan's device.
+
+    Raises:
+        UserError: code of its own without leave, an unknown class, files diffusers cannot load.
+    """
     diffusers.utils.logging.disable_progress_bar()  # the caller shows progress
     options: dict[str, Any] = {}
     for key in args.component_paths:
@@ -400,6 +405,29 @@ def _load(checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_class: 
         raise UserError(
             f"model_path={checkpoint.name}: diffusers cannot load it: {' '.join(str(e).split())[:400]}"
         ) from e
+
+
+def dummy_pipe(
+    pipeline_class: str, kinds: Mapping[str, str], configs: Mapping[str, Mapping[str, Any]], plan: Plan
+) -> Any:
+    """A pipeline with the same dummy weights as the native one, built from configs alone."""
+    parts: dict[str, Any] = {}
+    for key, kind in kinds.items():
+        if kind in ("denoiser", "vae", "scheduler"):
+            cls = getattr(diffusers, configs[key]["_class_name"])
+        if kind in ("denoiser", "vae"):
+            with torch.device("meta"):
+                module = cls.from_config(dict(configs[key]))
+            fill_dummy(module, plan.device, plan.dtypes[key])
+            parts[key] = module.eval().requires_grad_(False)
+        elif kind == "scheduler":
+            parts[key] = cls.from_config(dict(configs[key]))
+        elif kind == "text_encoder":
+            parts[key] = dummy_encoder(key, configs[key], plan.device, plan.dtypes[key], None).eval()
+            fill_dummy(parts[key], plan.device, plan.dtypes[key])
+        elif kind == "tokenizer":
+            parts[key] = HashTokenizer.for_encoder(configs[key.replace("tokenizer", "text_encoder")])
+    return getattr(diffusers, pipeline_class)(**parts)
 
 
 def _component(checkpoint: Checkpoint, key: str, plan: Plan) -> Any:

@@ -23,10 +23,10 @@ from PIL import Image
 
 from sgl_diffusion.models.catalog import FAMILIES
 from sgl_diffusion.models.config import ConfigError
-from sgl_diffusion.models.family import Defaults, Family
+from sgl_diffusion.models.family import Family
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
-from sgl_diffusion.runtime.checkpoint import Checkpoint, open_checkpoint
-from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline, component_kinds
+from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
+from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline, component_kinds, dummy_pipe, load_pipe
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageFinished, StageStarted
 from sgl_diffusion.runtime.output import Output, plan_outputs, request_digest, save, save_frames
@@ -93,40 +93,44 @@ class Engine:
                 native_why = str(e)
         if args.backend == "sglang":
             raise UserError(f"backend=sglang: {native_why}; --backend diffusers can run it")
-        plan = make_plan(args, component_kinds(checkpoint))
-        backend = DiffusersPipeline(checkpoint, args, plan, pipeline_class)
+        kinds = component_kinds(checkpoint)
+        plan = make_plan(args, kinds)
+        pipe = load_pipe(checkpoint, args, plan, pipeline_class)
+        backend = DiffusersPipeline(pipe, kinds, args, plan, pipeline_class)
         return cls(args, backend, pipeline_class, checkpoint.sampling_defaults, native_why)
 
     @classmethod
     def _load_dummy(cls, args: ServerArgs) -> Engine:
-        if args.backend == "diffusers":
-            raise UserError("load_format=dummy: is for the native backend")
-        name = args.model_id or args.model_path
-        for pipeline_class in FAMILIES:
+        """Random weights at true shape, from a preset's configs or those of a local folder."""
+        name, why = args.model_id or args.model_path, f"dummy weights of {args.model_id or args.model_path}"
+        pipeline_class = next((c for c in FAMILIES if name in _family(c).presets()), None)
+        sampling_defaults: Mapping[str, Any] = {}
+        if pipeline_class is not None:
             family = _family(pipeline_class)
-            if preset := family.presets().get(name):
-                plan = make_plan(args, family.components())
-                backend = NativePipeline(family, preset.components, None, preset.defaults, args, plan)
-                return cls(args, backend, pipeline_class, {}, f"dummy weights of {name}")
-        if not Path(name).expanduser().is_dir():
+            configs, defaults = family.presets()[name].components, family.presets()[name].defaults
+        elif name == EMBEDDED or Path(name).expanduser().is_dir():
+            checkpoint = open_checkpoint(name, None, args.component_paths)
+            pipeline_class, sampling_defaults = checkpoint.pipeline_class, checkpoint.sampling_defaults
+            if pipeline_class not in FAMILIES:
+                raise UserError(f"load_format=dummy: {pipeline_class} has no native implementation")
+            family = _family(pipeline_class)
+            configs = {key: checkpoint.config(key) for key in family.components()}
+            defaults = family.defaults(configs)
+        else:
             known = [p for c in FAMILIES for p in _family(c).presets()]
-            raise UserError(
-                f"model_path={name}: load_format=dummy needs a local config folder or one of {', '.join(known)}"
-            )
-        checkpoint = open_checkpoint(name, None, args.component_paths)
-        if (why := _refusal(args, checkpoint.pipeline_class)) is not None:
-            raise UserError(f"load_format=dummy: {why}")
-        try:
-            backend = _native(checkpoint, args, checkpoint.pipeline_class, dummy=True)
-        except ConfigError as e:
-            raise UserError(f"load_format=dummy: {e}") from e
-        return cls(
-            args,
-            backend,
-            checkpoint.pipeline_class,
-            checkpoint.sampling_defaults,
-            f"dummy weights of {name}",
-        )
+            raise UserError(f"model_path={name}: load_format=dummy needs a config folder or one of {', '.join(known)}")
+        kinds = family.components()
+        plan = make_plan(args, kinds)
+        backend: NativePipeline | DiffusersPipeline
+        if args.backend == "diffusers":
+            pipe = dummy_pipe(pipeline_class, kinds, configs, plan)
+            backend = DiffusersPipeline(pipe, kinds, args, plan, pipeline_class)
+        else:
+            try:
+                backend = NativePipeline(family, configs, None, defaults, args, plan)
+            except ConfigError as e:
+                raise UserError(f"load_format=dummy: {e}") from e
+        return cls(args, backend, pipeline_class, sampling_defaults, why)
 
     # -- a request ------------------------------------------------------------------
 
@@ -287,7 +291,7 @@ def _refusal(args: ServerArgs, pipeline_class: str) -> str | None:
     return None
 
 
-def _native(checkpoint: Checkpoint, args: ServerArgs, pipeline_class: str, *, dummy: bool = False) -> NativePipeline:
+def _native(checkpoint: Checkpoint, args: ServerArgs, pipeline_class: str) -> NativePipeline:
     family = _family(pipeline_class)
     kinds = family.components()
     if missing := [k for k in kinds if k not in checkpoint.folders]:
@@ -296,6 +300,6 @@ def _native(checkpoint: Checkpoint, args: ServerArgs, pipeline_class: str, *, du
     preset = family.presets().get(args.model_id or "")
     if args.model_id is not None and preset is None:
         raise UserError(f"model_id={args.model_id}: expected one of {', '.join(family.presets())}")
-    defaults: Defaults = preset.defaults if preset else family.defaults(configs)
-    folders = None if dummy else {key: checkpoint.folders[key] for key in kinds}
+    defaults = preset.defaults if preset else family.defaults(configs)
+    folders = {key: checkpoint.folders[key] for key in kinds}
     return NativePipeline(family, configs, folders, defaults, args, make_plan(args, kinds))

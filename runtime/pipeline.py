@@ -112,8 +112,7 @@ class NativePipeline:
     def _tokenizer(key: str, configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path] | None) -> Any:
         if folders is not None:
             return load_tokenizer(folders[key])
-        encoder = configs[key.replace("tokenizer", "text_encoder")]
-        return HashTokenizer(encoder["vocab_size"], encoder.get("max_position_embeddings", 512))
+        return HashTokenizer.for_encoder(configs[key.replace("tokenizer", "text_encoder")])
 
     def _compile(self) -> dict[str, int]:
         """Regional compilation: every block of a denoiser's block lists. Component -> number of blocks."""

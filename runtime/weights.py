@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,6 @@ from sgl_diffusion.runtime.checkpoint import read_json
 from sgl_diffusion.runtime.errors import UserError
 
 SHOWN = 6  # names of each kind listed in an error
-DUMMY_STD = 0.02
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -35,14 +35,38 @@ def weight_files(folder: Path) -> list[Path]:
     return files
 
 
-def packed_sources(module: nn.Module) -> dict[str, tuple[str, ...]]:
-    """Packed parameter prefix -> prefixes of the checkpoint, in row order, from the modules' `packed` declarations."""
-    sources = {}
-    for path, part in module.named_modules():
-        for target, names in getattr(part, "packed", {}).items():
-            prefix = f"{path}." if path else ""
-            sources[prefix + target] = tuple(prefix + n for n in names)
-    return sources
+@dataclass(frozen=True)
+class Slot:
+    """Where a checkpoint tensor goes: rows `start` to `stop` of a parameter."""
+
+    parameter: str
+    start: int
+    stop: int
+
+
+def slots(module: nn.Module) -> dict[str, Slot]:
+    """Checkpoint name -> slot, for every tensor the module needs.
+
+    A parameter has its own name in the checkpoint unless a module declares it as packed:
+    `packed = {"to_qkv": {"to_q": 1, "to_k": 1, "to_v": 1}}` gives the checkpoint's names, in row order, and their
+    shares of the rows.
+    """
+    parts: dict[str, dict[str, int]] = {}
+    for path, owner in module.named_modules():
+        prefix = f"{path}." if path else ""
+        for target, shares in getattr(owner, "packed", {}).items():
+            parts[prefix + target] = {prefix + name: share for name, share in shares.items()}
+    found = {}
+    for name, p in module.named_parameters():
+        prefix, _, leaf = name.rpartition(".")
+        if prefix not in parts:
+            found[name] = Slot(name, 0, len(p))
+            continue
+        unit, start = len(p) // sum(parts[prefix].values()), 0
+        for source, share in parts[prefix].items():
+            found[f"{source}.{leaf}"] = Slot(name, start, start + share * unit)
+            start += share * unit
+    return found
 
 
 def load_weights(module: nn.Module, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> None:
@@ -52,55 +76,27 @@ def load_weights(module: nn.Module, files: Sequence[Path], device: torch.device,
         UserError: a corrupt file, or missing, unexpected or mis-shaped weights, listing their names.
     """
     module.to(dtype).to_empty(device=device)
-    sources = packed_sources(module)
-    parameters = dict(module.named_parameters())
+    parameters, wanted = dict(module.named_parameters()), slots(module)
     skipped = tuple(getattr(module, "unused_weights", tuple)())
-    filled: dict[str, list[str]] = {name: [] for name in parameters}  # parameter -> checkpoint names seen
-    rows: dict[str, dict[str, Tensor]] = {}  # parts of packed parameters, until their order of rows is known
-    unexpected, misshaped = [], []
-
-    owner = {source: target for target, names in sources.items() for source in names}
+    unexpected, misshaped, seen = [], [], set()
     for name, read in _tensors(files):
         if name.startswith(skipped):
             continue
-        prefix, _, leaf = name.rpartition(".")
-        if prefix in owner and (parameter := f"{owner[prefix]}.{leaf}") in parameters:
-            rows.setdefault(parameter, {})[prefix] = read()
-            filled[parameter].append(name)
-            if len(rows[parameter]) == len(sources[owner[prefix]]):
-                parts = rows.pop(parameter)
-                whole = [parts[s] for s in sources[owner[prefix]]]
-                if not _copy_rows(parameters[parameter], whole):
-                    misshaped.append(f"{owner[prefix]}.{leaf}")
-        elif name in parameters:
-            tensor = read()
-            filled[name].append(name)
-            if tensor.shape == parameters[name].shape:
-                parameters[name].data.copy_(tensor)
-            else:
-                misshaped.append(f"{name} {tuple(tensor.shape)} instead of {tuple(parameters[name].shape)}")
-        else:
+        if (slot := wanted.get(name)) is None:
             unexpected.append(name)
-
-    missing = []
-    for name, seen in filled.items():
-        prefix, _, leaf = name.rpartition(".")
-        wanted = [f"{s}.{leaf}" for s in sources[prefix]] if prefix in sources else [name]
-        missing += [w for w in wanted if w not in seen]
+            continue
+        seen.add(name)
+        rows = parameters[slot.parameter].data[slot.start : slot.stop]
+        tensor = read()
+        if tensor.shape == rows.shape:
+            rows.copy_(tensor)
+        else:
+            misshaped.append(f"{name} {tuple(tensor.shape)} instead of {tuple(rows.shape)}")
+    missing = [name for name in wanted if name not in seen]
     problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
     if any(problems.values()):
         told = "; ".join(f"{kind} weights: {_some(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{files[0].parent}: {told}")
-
-
-def _copy_rows(parameter: Tensor, parts: Sequence[Tensor]) -> bool:
-    if sum(len(p) for p in parts) != len(parameter) or any(p.shape[1:] != parameter.shape[1:] for p in parts):
-        return False
-    start = 0
-    for part in parts:
-        parameter.data[start : start + len(part)].copy_(part)
-        start += len(part)
-    return True
 
 
 def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Reader]]:
@@ -132,12 +128,17 @@ def _some(names: Sequence[str]) -> str:
 
 @torch.no_grad()
 def fill_dummy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
-    """Seeded random weights at true shape: matrices N(0, 0.02), norm weights 1, biases 0."""
+    """Seeded random weights at true shape: matrices keep the scale of activations, norm weights 1, biases 0.
+
+    A tensor depends on its name in the checkpoint alone, so that diffusers' module of a component gets the same ones.
+    """
     if any(p.is_meta for p in module.parameters()):
         module.to(dtype).to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    for name, p in module.named_parameters():
-        if p.ndim > 1:
-            p.normal_(0, DUMMY_STD, generator=generator)
+    parameters = dict(module.named_parameters())
+    for name, slot in slots(module).items():
+        rows = parameters[slot.parameter].data[slot.start : slot.stop]
+        if rows.ndim > 1:
+            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
+            rows.normal_(0, rows[0].numel() ** -0.5, generator=generator)
         else:
-            p.fill_(1.0 if name.endswith("weight") else 0.0)
+            rows.fill_(1.0 if name.endswith("weight") else 0.0)
