@@ -1,6 +1,6 @@
 """Everything a GPU has to show, in one command: answers first, then times.
 
-    python -m sgl_diffusion.bench.gpu_suite [--out FOLDER] [--part correctness|kernels]
+    python -m sgl_diffusion.bench.gpu_suite [--out FOLDER] [--part correctness|kernels|end_to_end]
 
 Each part writes FOLDER/<part>.json. Exit code 1 if an answer is wrong.
 """
@@ -17,7 +17,10 @@ from pathlib import Path
 import torch
 
 from sgl_diffusion.bench import kernels
+from sgl_diffusion.bench.compare import compare
 from sgl_diffusion.kernels.catalog import OPS
+from sgl_diffusion.runtime.args import SamplingParams
+from sgl_diffusion.runtime.engine import presets
 
 
 def correctness(out: Path) -> bool:
@@ -46,9 +49,23 @@ def kernel_times(out: Path) -> bool:
     return all(row.us is not None for row in rows)
 
 
+def end_to_end(out: Path) -> bool:
+    """Every preset at true size with dummy weights, native and diffusers by turns; a differing picture is not timed."""
+    rows = []
+    for name in presets():
+        params = SamplingParams(prompt=["a cat"], num_inference_steps=4, height=1024, width=1024, save_output=False)
+        result = compare(name, params, rounds=3, load_format="dummy")
+        print(f"{name}: step {result.native.step_ms:.1f} ms, diffusers {result.diffusers.step_ms:.1f} ms")
+        rows.append(asdict(result))
+        torch.cuda.empty_cache()
+    write(out / "end_to_end.json", rows)
+    return True
+
+
 PARTS: dict[str, Callable[[Path], bool]] = {
     "correctness": correctness,
     "kernels": kernel_times,
+    "end_to_end": end_to_end,
 }
 
 

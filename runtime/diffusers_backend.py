@@ -62,6 +62,7 @@ class DiffusersPipeline:
         self.pipe.set_progress_bar_config(disable=True)
         self.call_arguments = _call_arguments(type(self.pipe))
         self.draws_video = "num_frames" in self.call_arguments
+        self._bridge_precisions()
         self.attention = self._set_attention(args)
         self.tile = self._tile_size(args)
         if plan.vae_slicing:
@@ -107,6 +108,22 @@ class DiffusersPipeline:
             if kind == "text_encoder":
                 used[key] = getattr(getattr(self.pipe, key).config, "_attn_implementation", "unknown")
         return used
+
+    def _bridge_precisions(self) -> None:
+        """Casts what enters a denoiser or VAE to its own dtype, where components have different ones.
+
+        diffusers' pipelines expect one dtype everywhere and stop at the first matrix product otherwise.
+        """
+        if len(set(self.plan.dtypes.values())) == 1:
+            return
+        for module in self.denoisers().values():
+            module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+        if (vae := getattr(self.pipe, "vae", None)) is not None:
+            for part in (vae.encoder, vae.decoder):
+                part.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+            for name in ("quant_conv", "post_quant_conv"):
+                if isinstance(conv := getattr(vae, name, None), torch.nn.Module):
+                    conv.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
     def _vae_switch(self, option: str, method: str) -> None:
         vae = getattr(self.pipe, "vae", None)
@@ -356,6 +373,20 @@ class _Stages:
             self.open.pop(stage).close()
             if stage != "denoise_step":
                 self.emit(StageFinished(stage))
+
+
+def _cast_inputs(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook. Times and positions (`*_ids`, tensors below two dimensions) keep their precision."""
+    dtype = next(module.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
+        if isinstance(value, dict):
+            return {k: v if k.endswith("_ids") else cast(v) for k, v in value.items()}
+        return type(value)(cast(v) for v in value) if isinstance(value, list | tuple) else value
+
+    return cast(args), cast(kwargs)
 
 
 def _call_arguments(cls: type[Any]) -> dict[str, inspect.Parameter]:

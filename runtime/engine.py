@@ -117,8 +117,9 @@ class Engine:
             configs = {key: checkpoint.config(key) for key in family.components()}
             defaults = family.defaults(configs)
         else:
-            known = [p for c in FAMILIES for p in _family(c).presets()]
-            raise UserError(f"model_path={name}: load_format=dummy needs a config folder or one of {', '.join(known)}")
+            raise UserError(
+                f"model_path={name}: load_format=dummy needs a config folder or one of {', '.join(presets())}"
+            )
         kinds = family.components()
         plan = make_plan(args, kinds)
         backend: NativePipeline | DiffusersPipeline
@@ -276,6 +277,11 @@ def _family(pipeline_class: str) -> type[Family]:
     module, _, name = FAMILIES[pipeline_class].partition(":")
     family: type[Family] = getattr(importlib.import_module(module), name)
     return family
+
+
+def presets() -> list[str]:
+    """Hub ids whose shapes are built in, for `load_format="dummy"`."""
+    return [name for pipeline_class in FAMILIES for name in _family(pipeline_class).presets()]
 
 
 def _refusal(args: ServerArgs, pipeline_class: str) -> str | None:
