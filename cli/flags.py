@@ -9,19 +9,28 @@ import re
 import typing
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn
 
 import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, aliases, canonical_names, groups, nearest
+from sgl_diffusion.runtime.args import (
+    SamplingParams,
+    ServerArgs,
+    aliases,
+    canonical_names,
+    groups,
+    nearest,
+    unset,
+    value_type,
+)
 from sgl_diffusion.runtime.errors import UserError
 
 COMPONENT_PATH = re.compile(r"--([a-z][a-z0-9-]*)-path")
 DOTTED = re.compile(r"--([a-z][a-z0-9-]*)\.([A-Za-z0-9_.-]+)")
-MAPS = ("component_paths", "component_attention_backends", "diffusers_kwargs", "vae_config")
+KWARGS = "diffusers_kwargs"
+MAPS = ("component_paths", "component_attention_backends", "vae_config", KWARGS)
 
 
 class Parser(argparse.ArgumentParser):
@@ -46,32 +55,24 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
     names = [flag(n) for n in (name, *aliases(field))]
-    help = (field.description or "").replace("%", "%%") + f" (default: {default_text(field)})"
+    help = (field.description or "").replace("%", "%%")
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        help += f" Keys: {', '.join(field.annotation.model_fields)}."
+    help += f" (default: {default_text(field)})"
     shared: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help}
     kind = value_type(field)
+    word = {int: "N", float: "X", dict: "MAP"}.get(kind, name.split("_")[-1].upper())
     if kind is bool:
         group.add_argument(*names, nargs="?", const="true", metavar="true|false", **shared)
         group.add_argument("--no-" + name.replace("_", "-"), action="store_const", const="false", dest=name,
                            default=argparse.SUPPRESS, help=argparse.SUPPRESS)  # fmt: skip
     elif kind is list:
-        group.add_argument(*names, nargs="+", action="extend", metavar=name.split("_")[-1].upper(), **shared)
+        group.add_argument(*names, nargs="+", action="extend", metavar=word, **shared)
+    elif kind is dict:
+        group.add_argument(*names, action="append", metavar=word, **shared)
     else:
         choices = literal_values(field)
-        metavar = "{" + ",".join(choices) + "}" if choices else name.split("_")[-1].upper()
-        group.add_argument(*names, metavar=metavar, **shared)
-
-
-def value_type(field: FieldInfo) -> type:
-    """The plain type behind an annotation: bool, list, dict, str, int, float."""
-    annotation: Any = field.annotation
-    if isinstance(annotation, UnionType) or typing.get_origin(annotation) is typing.Union:
-        annotation = next(a for a in typing.get_args(annotation) if a is not NoneType)
-    while typing.get_origin(annotation) is typing.Annotated:
-        annotation = typing.get_args(annotation)[0]
-    origin = typing.get_origin(annotation) or annotation
-    if origin is Literal:
-        return str
-    return dict if isinstance(origin, type) and issubclass(origin, BaseModel) else origin
+        group.add_argument(*names, metavar="{" + ",".join(choices) + "}" if choices else word, **shared)
 
 
 def literal_values(field: FieldInfo) -> list[str]:
@@ -83,7 +84,7 @@ def literal_values(field: FieldInfo) -> list[str]:
 def default_text(field: FieldInfo) -> str:
     value = field.get_default(call_default_factory=True)
     if value is None:
-        return "by model" if "model" in (field.description or "") else "automatic"
+        return unset(field)
     if value in ([], {}) or isinstance(value, BaseModel):
         return "none"
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -106,19 +107,24 @@ def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> 
         if name.startswith("-"):
             raise UserError(f"unknown flag {name}{nearest(name, known)}")
         raise UserError(f"unexpected argument {unknown[0]!r}")
-    given = {k: v for k, v in vars(namespace).items() if k != "config"}
-    for name in MAPS:
-        if isinstance(given.get(name), str):
-            given[name] = _read_map(name, given[name])
-    for name, entries in extra.items():
-        given[name] = {**given.get(name, {}), **entries}
     config = getattr(namespace, "config", None)
-    base = read_config_file(Path(config)) if config is not None else {}
-    return {**base, **{k: _merge(base.get(k), v) for k, v in given.items()}}
+    values = read_config_file(Path(config)) if config is not None else {}
+    for name, value in vars(namespace).items():
+        if name in MAPS:
+            for written in value:
+                values[name] = merge(values.get(name), read_map(name, written))
+        elif name != "config":
+            values[name] = value
+    for name, entries in extra.items():
+        values[name] = merge(values.get(name), entries)
+    return values
 
 
-def _merge(below: Any, above: Any) -> Any:
-    return {**below, **above} if isinstance(below, dict) and isinstance(above, dict) else above
+def merge(below: Any, above: Any) -> Any:
+    """`above` over `below`; where both are mappings, key by key."""
+    if not (isinstance(below, dict) and isinstance(above, dict)):
+        return above
+    return {**below, **{k: merge(below.get(k), v) for k, v in above.items()}}
 
 
 def _take_open_ended(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[list[str], dict[str, dict[str, Any]]]:
@@ -132,15 +138,15 @@ def _take_open_ended(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[
         dotted, path = DOTTED.fullmatch(name), COMPONENT_PATH.fullmatch(name)
         if dotted and flag(dotted[1].replace("-", "_")) in known:
             field, key = dotted[1].replace("-", "_"), dotted[2]
-            key = key.replace("-", "_") if field in ("vae_config", "component_paths") else key
         elif path and name not in known:
             if typo := _typo_of(name, known):
                 raise UserError(f"unknown flag {name}; did you mean {typo}?")
-            field, key = "component_paths", path[1].replace("-", "_")
+            field, key = "component_paths", path[1]
         else:
             rest.append(word)
             continue
-        extra.setdefault(field, {})[key] = value if equals else _next(words, name)
+        entry = read_map(field, {key: _scalar(field, value if equals else _next(words, name))})
+        extra[field] = merge(extra.get(field), entry)
     return rest, extra
 
 
@@ -157,18 +163,55 @@ def _next(words: Any, name: str) -> str:
     return str(value)
 
 
-def _read_map(name: str, text: str) -> dict[str, Any]:
-    """`{"a": 1}` or `a=x,b=y`."""
-    if text.lstrip().startswith("{"):
-        try:
-            value = json.loads(text)
-        except ValueError as e:
-            raise UserError(f"{name}={text}: not readable as JSON: {e}") from e
-        return typing.cast(dict[str, Any], value)
+# -- maps -------------------------------------------------------------------------------
+
+
+def read_map(name: str, written: Any) -> dict[str, Any]:
+    """`{"a": 1}` or `a=x,b=y` as text, or a mapping from a config file. A dotted key is a nested one.
+
+    Raises:
+        UserError: text that is neither, or something that is not a mapping.
+    """
+    if isinstance(written, str):
+        written = _read_json(name, written) if written.lstrip().startswith("{") else _read_pairs(name, written)
+    if not isinstance(written, Mapping):
+        raise UserError(f"{name}={written}: expected keys and values")
+    values: dict[str, Any] = {}
+    for key, value in written.items():
+        if name != KWARGS:  # there, keys and null are passed on as they are
+            key = str(key).replace("-", "_")
+            if value is None:
+                continue
+        *outer, last = str(key).split(".")
+        entry = {last: value}
+        for part in reversed(outer):
+            entry = {part: entry}
+        values = merge(values, entry)
+    return values
+
+
+def _read_json(name: str, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as e:
+        raise UserError(f"{name}={text}: not readable as JSON: {e}") from e
+
+
+def _read_pairs(name: str, text: str) -> dict[str, str]:
     pairs = [p.partition("=") for p in text.split(",")]
     if any(not equals for _, equals, _ in pairs):
         raise UserError(f"{name}={text}: expected a JSON object or key=value,key=value")
-    return {k.strip(): v.strip() for k, _, v in pairs}
+    return {k.strip(): _scalar(name, v.strip()) for k, _, v in pairs}
+
+
+def _scalar(name: str, text: str) -> Any:
+    """Text of a flag. Arguments of diffusers have no declared types: there `0.5` is a number, `true` a switch."""
+    if name != KWARGS:
+        return text
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 # -- config files ---------------------------------------------------------------------
@@ -193,17 +236,22 @@ def read_config_file(path: Path) -> dict[str, Any]:
         raise UserError(f"config={path}: expected keys and values")
     names = canonical_names()
     values: dict[str, Any] = {}
+    spelled: dict[str, str] = {}
     for written, value in raw.items():
         if value is None:
             continue
-        key, _, inner = str(written).replace("-", "_").partition(".")
+        key, dot, inner = str(written).partition(".")
+        key = key.replace("-", "_")
+        name = names.get(key)
         component = key.removesuffix("_path")
-        if key in names and inner:
-            values.setdefault(names[key], {})[inner] = value
-        elif key in names:
-            values[names[key]] = _merge(values.get(names[key]), value)
-        elif key.endswith("_path") and component and not _typo_of(key, names):
-            values.setdefault("component_paths", {})[component] = value
-        else:
+        if name is None and component not in ("", key) and not _typo_of(key, names):
+            name, inner = "component_paths", component
+        if name is None or (dot and name not in MAPS):
             raise UserError(f"config={path}: unknown key {written}{nearest(key, list(names))}")
+        if name in MAPS:
+            values[name] = merge(values.get(name), read_map(name, {inner: value} if inner else value))
+        elif other := spelled.get(name):
+            raise UserError(f"config={path}: {other} and {written} are the same option")
+        else:
+            values[name], spelled[name] = value, str(written)
     return values

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,8 +16,6 @@ from sgl_diffusion.cli.flags import add_flags, parse_command_line
 from sgl_diffusion.runtime.args import parse_args
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageStarted, StepDone
-
-LIBRARIES = ("transformers", "diffusers", "huggingface_hub", "accelerate")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,8 +47,6 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 
 def set_up_logging(level: str) -> None:
     """Our own messages on stderr at `level`; libraries' at warning or above, without their progress bars."""
-    import os
-
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("sgl_diffusion").setLevel(level.upper())
     if level != "debug":

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sgl_diffusion.cli.flags import Parser
+from sgl_diffusion.runtime.args import nearest
 from sgl_diffusion.runtime.errors import UserError
 
 COMMANDS = {
@@ -44,7 +45,9 @@ def _dispatch(argv: list[str]) -> int:
         parser.print_help()
         return 0
     if argv[0] not in COMMANDS:
-        raise UserError(f"unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}")
+        raise UserError(
+            f"unknown command {argv[0]!r}; expected one of {', '.join(COMMANDS)}{nearest(argv[0], [*COMMANDS])}"
+        )
     run = import_module(f"sgl_diffusion.cli.{argv[0]}").run
     status: int = run(command_parser(argv[0]), argv[1:])
     return status

@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sgl_diffusion.cli.flags import default_text, flag, literal_values, value_type
-from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, VaeConfig, aliases, groups
+from sgl_diffusion.cli.flags import default_text, flag, literal_values
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, VaeConfig, aliases, groups, value_type
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"
 

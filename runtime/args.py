@@ -1,16 +1,27 @@
 """Every option, declared once: type, default, range, help, aliases. Torch-free.
 
 Flags, config keys, validation messages and `docs/cli.md` derive from these declarations. A field whose default is None
-takes the model's own default, or is resolved by `plan.py`; the values here stay as the user said them.
+is resolved later, by the model or by `plan.py`; `unset` says to what. The values here stay as the user said them.
 """
 
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 
 from sgl_diffusion.runtime.errors import UserError
@@ -18,16 +29,22 @@ from sgl_diffusion.runtime.errors import UserError
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
-def option(default: Any, help: str, *, aliases: Sequence[str] = (), **limits: Any) -> Any:
-    """A documented field. `limits` are pydantic's (`ge`, `le`); a list or dict default is copied."""
+def option(default: Any, help: str, *, aliases: Sequence[str] = (), unset: str = "the model's", **limits: Any) -> Any:
+    """A documented field. `unset` is what a default of None comes to; `limits` are pydantic's (`ge`, `le`)."""
+    extra: dict[str, Any] = {"aliases": list(aliases), "unset": unset}
     if isinstance(default, list | dict):
-        kind = type(default)
-        return Field(default_factory=kind, description=help, json_schema_extra={"aliases": list(aliases)}, **limits)
-    return Field(default, description=help, json_schema_extra={"aliases": list(aliases)}, **limits)
+        return Field(default_factory=type(default), description=help, json_schema_extra=extra, **limits)
+    return Field(default, description=help, json_schema_extra=extra, **limits)
 
 
 def _as_list(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
+
+
+def _is_true(value: bool) -> bool:
+    if not value:
+        raise ValueError("must be true: the decoder makes the pictures")
+    return value
 
 
 Strings = Annotated[list[str], BeforeValidator(_as_list)]
@@ -36,7 +53,18 @@ Strings = Annotated[list[str], BeforeValidator(_as_list)]
 class Options(BaseModel):
     """Base of all groups: immutable, and strict about names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _mean_what_they_say(cls, value: Any, info: ValidationInfo) -> Any:
+        """Without this, `seed: true` is seed 1, and a switch is also turned by `on`, `y` and 1."""
+        kind = value_type(cls.model_fields[info.field_name or ""])
+        if kind is bool and value not in (None, "true", "false") and not isinstance(value, bool):
+            raise ValueError("expected true or false")
+        if kind in (int, float) and isinstance(value, bool):
+            raise ValueError("expected a whole number" if kind is int else "expected a number")
+        return value
 
 
 T = TypeVar("T", bound=Options)
@@ -54,15 +82,20 @@ class ModelOptions(Options):
         aliases=["model"],
     )
     model_id: str | None = option(
-        None, "Published checkpoint whose defaults apply (fine-tunes), or whose shapes --load-format dummy builds."
+        None,
+        "Published checkpoint whose defaults apply (fine-tunes), or whose shapes --load-format dummy builds.",
+        unset="none",
     )
-    revision: str | None = option(None, "Branch, tag or commit of a hub id.")
+    revision: str | None = option(None, "Branch, tag or commit of a hub id.", unset="the newest")
     trust_remote_code: bool = option(False, "Let a checkpoint run Python code of its own.")
     backend: Literal["auto", "sglang", "diffusers"] = option(
         "auto", "`sglang`: native or an error; `diffusers`: always diffusers; `auto`: native where there is one."
     )
     pipeline_class_name: str | None = option(
-        None, "Pipeline class to use instead of the one in model_index.json.", aliases=["pipeline"]
+        None,
+        "Pipeline class to use instead of the one in model_index.json.",
+        aliases=["pipeline"],
+        unset="the checkpoint's",
     )
     component_paths: dict[str, str] = option(
         {}, "Other folders or hub ids for components; also as --<component>-path, for example --vae-path."
@@ -79,9 +112,9 @@ class DeviceOptions(Options):
         "auto", "auto, cpu, cuda or cuda:N; `auto` is the first GPU if there is one."
     )
     num_gpus: int = option(1, "Devices used by one request. This version runs on one.", ge=1, le=1)
-    tp_size: int | None = option(None, "Tensor parallelism. This version runs on one device.", ge=1, le=1)
+    tp_size: int | None = option(None, "Tensor parallelism. This version runs on one device.", unset="1", ge=1, le=1)
     sp_degree: int | None = option(
-        None, "Sequence parallelism. This version runs on one device.", aliases=["sp_size"], ge=1, le=1
+        None, "Sequence parallelism. This version runs on one device.", aliases=["sp_size"], unset="1", ge=1, le=1
     )
     performance_mode: Literal["manual", "auto", "speed", "memory"] = option(
         "auto",
@@ -97,10 +130,10 @@ class PrecisionOptions(Options):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto", "Weights and activations of all components; `auto` is bf16 on a GPU and fp32 on a CPU."
     )
-    dit_precision: Precision | None = option(None, "The denoiser's precision.")
-    vae_precision: Precision | None = option(None, "The VAE's precision.")
+    dit_precision: Precision | None = option(None, "The denoiser's precision.", unset="as precision")
+    vae_precision: Precision | None = option(None, "The VAE's precision.", unset="as precision")
     text_encoder_precisions: Annotated[list[Precision], BeforeValidator(_as_list)] | None = option(
-        None, "One precision for all text encoders, or one for each."
+        None, "One precision for all text encoders, or one for each.", unset="as precision"
     )
 
 
@@ -108,16 +141,20 @@ class VaeConfig(Options):
     """VAE parts and tiles."""
 
     load_encoder: bool = option(False, "Load the VAE's encoder too; drawing from text does not need it.")
-    load_decoder: Literal[True] = option(True, "The decoder makes the pictures and is always loaded.")
-    tile_sample_min_height: int | None = option(None, "Pixels of a tile; the checkpoint's own size otherwise.", ge=64)
-    tile_sample_min_width: int | None = option(None, "Pixels of a tile; the checkpoint's own size otherwise.", ge=64)
+    load_decoder: Annotated[bool, AfterValidator(_is_true)] = option(
+        True, "The decoder makes the pictures and is always loaded."
+    )
+    tile_sample_min_height: int | None = option(None, "Pixels of a tile.", unset="the checkpoint's", ge=64)
+    tile_sample_min_width: int | None = option(None, "Pixels of a tile.", unset="the checkpoint's", ge=64)
 
 
 class VaeOptions(Options):
     """VAE"""
 
-    vae_tiling: bool | None = option(None, "Decode in blended tiles: bounded memory, near-exact seams.")
-    vae_slicing: bool | None = option(None, "Decode the pictures of a batch one by one.")
+    vae_tiling: bool | None = option(
+        None, "Decode in blended tiles: bounded memory, near-exact seams.", unset="by performance_mode"
+    )
+    vae_slicing: bool | None = option(None, "Decode the pictures of a batch one by one.", unset="by performance_mode")
     vae_config: VaeConfig = option(
         VaeConfig(), "VAE parts and tiles; nested in a config file, dotted on the command line."
     )
@@ -127,13 +164,17 @@ class AttentionOptions(Options):
     """Attention"""
 
     attention_backend: str | None = option(
-        None, "Denoiser's attention. Native: torch_sdpa, triton, fa. With the diffusers backend: diffusers' names."
+        None,
+        "Denoiser's attention. Native: torch_sdpa, triton, fa. With the diffusers backend: diffusers' names.",
+        unset="the fastest",
     )
     component_attention_backends: dict[str, str] = option(
         {}, "Per component, for example transformer=triton,text_encoder=torch_sdpa; also dotted."
     )
     diffusers_attention_backend: str | None = option(
-        None, "Attention of diffusers (native, flash, _flash_3_hub, sage, xformers ...); selects that backend."
+        None,
+        "Attention of diffusers (native, flash, _flash_3_hub, sage, xformers ...); selects that backend.",
+        unset="none",
     )
 
 
@@ -162,8 +203,10 @@ class PromptOptions(Options):
     """Prompt"""
 
     prompt: Strings = option([], "What to draw. Several prompts make one request.")
-    negative_prompt: str | None = option(None, "What to steer away from; needs guidance that uses it.")
-    prompt_path: str | None = option(None, "Text file with one prompt a line.", aliases=["prompt_file_path"])
+    negative_prompt: str | None = option(None, "What to steer away from; needs guidance that uses it.", unset="none")
+    prompt_path: str | None = option(
+        None, "Text file with one prompt a line.", aliases=["prompt_file_path"], unset="none"
+    )
     max_sequence_length: int | None = option(None, "Tokens of the text encoder's input.", ge=1)
 
 
@@ -175,16 +218,14 @@ class PictureOptions(Options):
     num_outputs_per_prompt: int = option(
         1, "Pictures or clips of every prompt.", aliases=["num_outputs", "num_samples"], ge=1
     )
-    seed: int | None = option(
-        None, "Seed of the first picture, 42 if not given; each further one adds 1.", ge=0, lt=2**63
-    )
+    seed: int | None = option(None, "Seed of the first picture; each further one adds 1.", unset="42", ge=0, lt=2**63)
 
 
 class VideoOptions(Options):
     """Video and input pictures"""
 
     num_frames: int | None = option(None, "Frames of a clip.", ge=1)
-    fps: int | None = option(None, "Frames per second of the file, 24 if not given.", ge=1)
+    fps: int | None = option(None, "Frames per second of the file.", unset="the model's, or 24", ge=1)
     image_path: Strings = option([], "Input picture or pictures.", aliases=["image_paths"])
 
 
@@ -201,14 +242,18 @@ class OutputOptions(Options):
 
     output_path: str = option("outputs/", "Folder of the results; made if missing.")
     output_file_name: str | None = option(
-        None, "File name; its suffix is the format. Several results get _0, _1 ... (default: prompt, time, digest)."
+        None,
+        "File name; its suffix is the format. Several results get _0, _1 ...",
+        unset="prompt, time, digest",
     )
     save_output: bool = option(True, "Write files. It is on unless switched off.")
     return_frames: bool = option(
         False, "Also write the raw frames, uint8 (F, H, W, 3), as a .npy file beside each result."
     )
-    output_quality: int | None = option(None, "1 to 100, for JPEG, WebP and video.", ge=1, le=100)
-    perf_dump_path: str | None = option(None, "Write the run's report to this JSON file, also if it fails.")
+    output_quality: int | None = option(None, "1 to 100, for JPEG, WebP and video.", unset="95, video 75", ge=1, le=100)
+    perf_dump_path: str | None = option(
+        None, "Write the run's report to this JSON file, also if it fails.", unset="none"
+    )
 
 
 class BackendOptions(Options):
@@ -233,9 +278,32 @@ def groups(model: type[Options]) -> Iterator[tuple[str, dict[str, FieldInfo]]]:
 
 
 def aliases(field: FieldInfo) -> list[str]:
-    extra = field.json_schema_extra
-    found = extra.get("aliases", []) if isinstance(extra, dict) else []
-    return [str(a) for a in found] if isinstance(found, list) else []
+    found: list[str] = _extra(field)["aliases"]
+    return found
+
+
+def unset(field: FieldInfo) -> str:
+    """What a default of None comes to."""
+    found: str = _extra(field)["unset"]
+    return found
+
+
+def _extra(field: FieldInfo) -> dict[str, Any]:
+    assert isinstance(field.json_schema_extra, dict), "declared with option()"
+    return field.json_schema_extra
+
+
+def value_type(field: FieldInfo) -> type:
+    """The plain type behind an annotation: bool, int, float, str, list or dict."""
+    annotation: Any = field.annotation
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = next(a for a in get_args(annotation) if a is not NoneType)
+    while get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    origin = get_origin(annotation) or annotation
+    if origin is Literal:
+        return str
+    return dict if issubclass(origin, BaseModel) else origin
 
 
 def canonical_names() -> dict[str, str]:
@@ -283,19 +351,23 @@ def _one_line(error: ValidationError) -> str:
         "greater_than_equal": "must be at least {ge}",
         "less_than_equal": "must be at most {le}",
         "less_than": "must be below {lt}",
+        "finite_number": "expected a finite number",
         "literal_error": "expected {expected}",
+        "value_error": "{error}",
         "string_pattern_mismatch": "expected auto, cpu, cuda or cuda:N",
+        "string_type": "expected text",
         "int_parsing": "expected a whole number",
         "int_type": "expected a whole number",
         "int_from_float": "expected a whole number",
+        "int_parsing_size": "expected a whole number below 2^63",
         "float_parsing": "expected a number",
-        "bool_parsing": "expected true or false",
+        "float_type": "expected a number",
+        "list_type": "expected a list",
+        "dict_type": "expected keys and values",
+        "model_type": "expected keys and values",
         "extra_forbidden": "is not a known key",
-    }.get(first["type"])
-    if told is None:
-        return f"{field}={first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
-    if field == "vae_config.load_decoder":
-        told = "must be true: the decoder makes the pictures"
+    }.get(first["type"], first["msg"].replace("{", "{{").replace("}", "}}"))
     if first["type"] == "less_than_equal" and field in ("num_gpus", "tp_size", "sp_degree"):
         told = "this version runs on one device"
-    return f"{field}={first['input']}: {told.format(**context)}"
+    value = json.dumps(first["input"]) if isinstance(first["input"], bool) else first["input"]
+    return f"{field}={value}: {told.format(**context)}"

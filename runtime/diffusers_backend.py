@@ -218,6 +218,7 @@ class DiffusersPipeline:
         diffusers reports progress through a callback, so the pipeline runs in a thread and its events cross a queue.
         """
         arguments = self.prepare(request)
+        scheduler = self.pipe.scheduler
         self._apply_scheduler_options(request)
         events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         outcome: list[list[Pixels]] = []
@@ -240,6 +241,7 @@ class DiffusersPipeline:
         finally:
             self.pipe._interrupt = True  # ends the loop early if the caller stopped listening
             thread.join()
+            self.pipe.scheduler = scheduler
         if failure:
             raise _explained(failure[0], self.pipeline_class)
         return outcome[0]
@@ -411,7 +413,7 @@ def load_pipe(checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_cla
     options: dict[str, Any] = {}
     for key in args.component_paths:
         options[key] = _component(checkpoint, key, plan)
-    custom = _custom_code(checkpoint)
+    custom = _custom_code(checkpoint) if args.pipeline_class_name is None else None
     if custom is not None and not args.trust_remote_code:
         raise UserError(f"{custom}: this model runs code of its own; read it, then allow it with --trust-remote-code")
     cls = diffusers.DiffusionPipeline
