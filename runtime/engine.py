@@ -26,7 +26,8 @@ from sgl_diffusion.models.config import ConfigError
 from sgl_diffusion.models.family import Family
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
-from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline, component_kinds, dummy_pipe, load_pipe
+from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
+from sgl_diffusion.runtime.diffusers_loader import component_kinds, dummy_pipe, load_pipe
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageFinished, StageStarted
 from sgl_diffusion.runtime.output import Output, plan_outputs, request_digest, save, save_frames

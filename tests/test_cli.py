@@ -139,7 +139,7 @@ def test_mistakes_that_need_no_model(tmp_path: Path, words: list[str], told: str
         (["--attention-backend", "nope"], "attention backend 'nope' of transformer: expected one of torch_sdpa"),
         (["--device", "cuda"], "device=cuda: no NVIDIA GPU"),
         (["--pipeline-class-name", "FluxPipelin", "--backend", "sglang"], "backend=sglang: FluxPipelin has no native"),
-        (["--text-encoder-precisions", "fp32", "fp32", "fp32"], "text_encoder_precisions=fp32 fp32 fp32: expected 1 or 2"),
+        (["--text-encoder-precisions", "fp32", "fp32", "fp32"], "text_encoder_precisions=fp32 fp32 fp32: expected 1"),
     ],
 )  # fmt: skip
 def test_mistakes_are_found_before_the_work(tiny: Tiny, tmp_path: Path, words: list[str], told: str) -> None:

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny_checkpoints import build_flux, copy, edit_weights, link_into_hub_cache, reshard
+
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine, presets
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.pipeline import NativePipeline
-from tiny_checkpoints import build_flux, copy, edit_weights, link_into_hub_cache, reshard
 
 Tiny = Callable[[str], Path]
 PARAMS = SamplingParams(

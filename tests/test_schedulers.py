@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+
 from sgl_diffusion.models.config import ConfigError
 from sgl_diffusion.runtime.schedulers import FlowMatchEuler
 

@@ -1,0 +1,129 @@
+"""Building diffusers' own pipeline objects: from a checkpoint, or with dummy weights from configs."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from safetensors import SafetensorError
+
+from sgl_diffusion.models.text import HashTokenizer
+from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.checkpoint import Checkpoint
+from sgl_diffusion.runtime.encoders import dummy_encoder
+from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.plan import Plan
+from sgl_diffusion.runtime.weights import fill_dummy
+
+
+def component_kinds(checkpoint: Checkpoint) -> dict[str, str]:
+    """Component key -> kind, by the naming habit of diffusers' pipelines."""
+    kinds = {}
+    for key in checkpoint.folders:
+        if key.startswith(("transformer", "unet", "prior")):
+            kinds[key] = "denoiser"
+        elif key.startswith(("vae", "vqgan", "movq")):
+            kinds[key] = "vae"
+        elif key.startswith("text_encoder"):
+            kinds[key] = "text_encoder"
+        elif (checkpoint.folders[key] / "config.json").is_file():
+            kinds[key] = "model"
+        else:
+            kinds[key] = "other"
+    return kinds
+
+
+def load_pipe(checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_class: str) -> Any:
+    """diffusers' own pipeline object, on the plan's device.
+
+    Raises:
+        UserError: code of its own without leave, an unknown class, files diffusers cannot load.
+    """
+    diffusers.utils.logging.disable_progress_bar()  # the caller shows progress
+    options: dict[str, Any] = {}
+    for key in args.component_paths:
+        options[key] = _component(checkpoint, key, plan)
+    custom = _custom_code(checkpoint) if args.pipeline_class_name is None else None
+    if custom is not None and not args.trust_remote_code:
+        raise UserError(f"{custom}: this model runs code of its own; read it, then allow it with --trust-remote-code")
+    cls = diffusers.DiffusionPipeline
+    if custom is not None:
+        options.update(custom_pipeline=str(checkpoint.root))
+    elif (cls := getattr(diffusers, pipeline_class, None)) is None:
+        near = difflib.get_close_matches(pipeline_class, [n for n in dir(diffusers) if n.endswith("Pipeline")], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise UserError(
+            f"pipeline_class_name={pipeline_class}: diffusers {diffusers.__version__} has no such class{hint}"
+        )
+    dtypes: dict[str, torch.dtype] = {
+        "default": next(iter(plan.dtypes.values()), torch.float32),
+        **plan.dtypes,
+    }
+    try:
+        pipe = cls.from_pretrained(
+            checkpoint.root,
+            dtype=dtypes,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=args.trust_remote_code,
+            **options,
+        )
+        return pipe.to(plan.device)
+    except (SafetensorError, OSError, ValueError, TypeError, ImportError) as e:
+        raise UserError(
+            f"model_path={checkpoint.name}: diffusers cannot load it: {' '.join(str(e).split())[:400]}"
+        ) from e
+
+
+def dummy_pipe(
+    pipeline_class: str, kinds: Mapping[str, str], configs: Mapping[str, Mapping[str, Any]], plan: Plan
+) -> Any:
+    """A pipeline with the same dummy weights as the native one, built from configs alone."""
+    parts: dict[str, Any] = {}
+    for key, kind in kinds.items():
+        if kind in ("denoiser", "vae", "scheduler"):
+            cls = getattr(diffusers, configs[key]["_class_name"])
+        if kind in ("denoiser", "vae"):
+            with torch.device("meta"):
+                module = cls.from_config(dict(configs[key]))
+            fill_dummy(module, plan.device, plan.dtypes[key])
+            parts[key] = module.eval().requires_grad_(False)
+        elif kind == "scheduler":
+            parts[key] = cls.from_config(dict(configs[key]))
+        elif kind == "text_encoder":
+            parts[key] = dummy_encoder(key, configs[key], plan.device, plan.dtypes[key], None).eval()
+            fill_dummy(parts[key], plan.device, plan.dtypes[key])
+        elif kind == "tokenizer":
+            parts[key] = HashTokenizer.for_encoder(configs[key.replace("tokenizer", "text_encoder")])
+    return getattr(diffusers, pipeline_class)(**parts)
+
+
+def _component(checkpoint: Checkpoint, key: str, plan: Plan) -> Any:
+    """One overridden component, by the class `model_index.json` names for it."""
+    library, class_name = checkpoint.index[key]
+    module = importlib.import_module(library)
+    cls = getattr(module, class_name, None)
+    if cls is None:
+        raise UserError(f"{key}_path={checkpoint.folders[key]}: {library} has no class {class_name}")
+    dtype = {"dtype": plan.dtypes[key]} if key in plan.dtypes else {}
+    try:
+        return cls.from_pretrained(checkpoint.folders[key], local_files_only=True, **dtype)
+    except (SafetensorError, OSError, ValueError, RuntimeError) as e:
+        raise UserError(f"{key}_path={checkpoint.folders[key]}: {' '.join(str(e).split())[:300]}") from e
+
+
+def _custom_code(checkpoint: Checkpoint) -> Path | None:
+    """The Python file a checkpoint asks to run, if it names one."""
+    name = checkpoint.index["_class_name"]
+    if isinstance(name, list):
+        return checkpoint.root / f"{name[0]}.py"
+    for key in checkpoint.folders:
+        library = checkpoint.index[key][0]
+        if (file := checkpoint.root / key / f"{library}.py").is_file():
+            return file
+    return None
