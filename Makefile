@@ -10,8 +10,7 @@ PROMPT ?= a red circle left of a blue square on a yellow background
 .PHONY: demo test lint types install install-dev link clean
 
 demo: install
-	$(BIN)/sglang generate --prompt "$(PROMPT)" --seed 1 --output-file-name demo.png
-	@echo "drawn: outputs/demo.png"
+	$(BIN)/sglang generate --prompt "$(PROMPT)" --seed 1
 
 test: install-dev lint types
 	$(BIN)/lint-imports

@@ -35,6 +35,12 @@ TEXT_WIDTH = 128
 LATENT_CHANNELS = 4
 WIDTH, HEADS, DOUBLE_BLOCKS, SINGLE_BLOCKS = 192, 3, 2, 4
 LATENT_POOL = 30_000
+SAMPLING_DEFAULTS = {
+    "height": world.SIZE,
+    "width": world.SIZE,
+    "num_inference_steps": 20,
+    "max_sequence_length": TEXT_TOKENS,
+}
 NOTHING = -100  # a target the caption does not give
 TRAIN_SCENES = world.split_scenes(held_out=False)
 TEST_SCENES = world.split_scenes(held_out=True)
@@ -394,6 +400,13 @@ def export(work: Path, out: Path) -> None:
     pipeline.save_pretrained(out)
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(work / "tokenizer" / name, out / "tokenizer" / name)
+    for name in ("text_encoder", "text_encoder_2"):
+        # transformers loads in the dtype named here and diffusers in float32: name the same one
+        file = out / name / "config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
+    for file in out.rglob("*.safetensors"):
+        file.chmod(0o644)
+    (out / "sampling_defaults.json").write_text(json.dumps(SAMPLING_DEFAULTS, indent=2) + "\n")
 
 
 def score(checkpoint: Path, count: int) -> None:
@@ -408,11 +421,8 @@ def score(checkpoint: Path, count: int) -> None:
         images = pipeline(
             [world.caption(s) for s in batch],
             generator=[torch.Generator().manual_seed(start + i) for i in range(len(batch))],
-            height=world.SIZE,
-            width=world.SIZE,
-            num_inference_steps=20,
-            max_sequence_length=TEXT_TOKENS,
             output_type="pt",
+            **SAMPLING_DEFAULTS,
         ).images
         pictures += list((images * 2 - 1).numpy())
     print(json.dumps(world.score(pictures, scenes)))
