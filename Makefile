@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
+WORKERS ?= 2
 export PYTHONSAFEPATH = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 
@@ -14,7 +15,7 @@ demo: install
 
 test: install-dev lint types
 	$(BIN)/lint-imports
-	$(BIN)/pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS)
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev link

@@ -25,7 +25,7 @@ def engine() -> Engine:
 def test_it_draws_held_out_scenes(engine: Engine) -> None:
     """100 prompts: background, colours and layout all right in at least 90, shapes in at least 80."""
     scenes = world.draw_scenes(HELD_OUT, np.random.default_rng(2), 100)
-    assert not {s for s in scenes} & {s for pool in world.split_scenes(held_out=False) for s in pool}
+    assert not set(scenes) & {s for pool in world.split_scenes(held_out=False) for s in pool}
     pictures = []
     for start in range(0, 100, 25):
         prompts = [world.caption(s) for s in scenes[start : start + 25]]
