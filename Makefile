@@ -14,7 +14,7 @@ demo: install
 	$(BIN)/sglang generate --prompt "$(PROMPT)" --seed 1
 
 test: install-dev lint types
-	$(BIN)/lint-imports
+	PYTHONPATH=.src $(BIN)/lint-imports --no-logo
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS)
 
 install: $(VENV)/.installed
@@ -40,7 +40,7 @@ types: install-dev
 # static tools do not follow the import hook of an editable install: a folder of links shows them the package
 link:
 	mkdir -p .src/sgl_diffusion
-	for f in kernels models runtime cli bench; do ln -sfn ../../$$f .src/sgl_diffusion/$$f; done
+	for f in kernels models runtime server cli bench; do ln -sfn ../../$$f .src/sgl_diffusion/$$f; done
 	ln -sfn ../../facade/__init__.py .src/sgl_diffusion/__init__.py
 	ln -sfn ../../facade/py.typed .src/sgl_diffusion/py.typed
 

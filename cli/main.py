@@ -9,7 +9,7 @@ from importlib import import_module
 
 from sgl_diffusion.cli.flags import Parser
 from sgl_diffusion.runtime.args import nearest
-from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.errors import RunFailure, UserError
 
 COMMANDS = {
     "generate": "draw pictures or videos from a prompt",
@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         return USER_MISTAKE
+    except RunFailure as e:
+        print(f"failed: {e}", file=sys.stderr)
+        return FAILURE
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return INTERRUPTED

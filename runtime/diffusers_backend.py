@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.encoders import IMPLEMENTATIONS
-from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, StageFinished, StageStarted, StepDone
 from sgl_diffusion.runtime.pipeline import Pixels
 from sgl_diffusion.runtime.plan import Plan, dtype_name
@@ -396,7 +396,7 @@ def _pixels(result: Any) -> list[Pixels]:
     for item in batch:
         unit = np.asarray(item)
         if not np.isfinite(unit).all():
-            raise FloatingPointError("the decoded pictures hold NaN or infinity; try a wider --precision")
+            raise RunFailure("the decoded pictures hold NaN or infinity; try a wider --precision")
         pixels.append((unit.clip(0, 1) * 255).round().astype(np.uint8))
     return pixels
 

@@ -19,6 +19,7 @@ from collections.abc import Generator, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from sgl_diffusion.models.catalog import FAMILIES
@@ -28,7 +29,7 @@ from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
 from sgl_diffusion.runtime.diffusers_loader import component_kinds, dummy_pipe, load_pipe
-from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageFinished, StageStarted
 from sgl_diffusion.runtime.output import Output, plan_outputs, request_digest, save, save_frames
 from sgl_diffusion.runtime.pipeline import NativePipeline, Pixels
@@ -141,10 +142,14 @@ class Engine:
 
         Raises:
             UserError: a request that cannot be honoured, found before any work is done. The perf dump is still written.
+        RunFailure: memory ran out, or the model drew something that is not a picture.
         """
         run = _Run(self, params)
         try:
             yield from run.events()
+        except torch.OutOfMemoryError as e:
+            told = str(e).splitlines()[0]
+            raise RunFailure(f"out of device memory: {told} Try --performance-mode memory or a smaller picture.") from e
         finally:
             run.close(sys.exc_info()[1])
 

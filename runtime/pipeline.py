@@ -19,7 +19,7 @@ from sgl_diffusion.runtime import denoise
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.attention import Attention
 from sgl_diffusion.runtime.encoders import dummy_encoder, load_encoder, load_tokenizer
-from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, StageFinished, StageStarted, StepDone
 from sgl_diffusion.runtime.plan import Plan, dtype_name
 from sgl_diffusion.runtime.request import Request
@@ -230,9 +230,9 @@ def to_pixels(pictures_BCHW: Tensor) -> list[Pixels]:
     """[-1, 1] -> rounded 8-bit pictures.
 
     Raises:
-        FloatingPointError: not a number in a picture, as fp16 overflow gives.
+        RunFailure: not a number in a picture, as fp16 overflow gives.
     """
     if not torch.isfinite(pictures_BCHW).all():
-        raise FloatingPointError("the decoded pictures hold NaN or infinity; try a wider --precision")
+        raise RunFailure("the decoded pictures hold NaN or infinity; try a wider --precision")
     unit = (pictures_BCHW.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
     return list((unit * 255).round().astype(np.uint8))

@@ -143,8 +143,19 @@ def versions(device: torch.device) -> dict[str, str | None]:
     found["python"] = platform.python_version()
     found["cuda"] = torch.version.cuda
     is_gpu = device.type == "cuda"
+    found["driver"] = _driver() if is_gpu else None
     found["device"] = torch.cuda.get_device_name(device) if is_gpu else platform.processor() or platform.machine()
     return found
+
+
+def _driver() -> str:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        return str(pynvml.nvmlSystemGetDriverVersion())
+    finally:
+        pynvml.nvmlShutdown()
 
 
 @cache

@@ -196,3 +196,14 @@ def test_a_missing_component_folder_and_index(tiny: Tiny, tmp_path: Path) -> Non
     assert_refused(sglang("generate", "--model-path", "half", "--prompt", "x", cwd=tmp_path), "component folder vae")
     (tmp_path / "empty").mkdir()
     assert_refused(sglang("generate", "--model-path", "empty", "--prompt", "x", cwd=tmp_path), "no model_index.json")
+
+
+def test_a_picture_of_nan_is_a_failure_not_a_file(tiny: Tiny, tmp_path: Path) -> None:
+    broken = copy(tiny("flux"), tmp_path / "broken")
+    edit_weights(broken, "vae", lambda tensors: tensors["decoder.conv_out.bias"].fill_(float("nan")))
+    done = sglang("generate", "--model-path", "broken", "--prompt", "x", *SMALL, "--perf-dump-path", "p.json",
+                  cwd=tmp_path)  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "failed: the decoded pictures hold NaN" in done.stderr
+    assert json.loads((tmp_path / "p.json").read_text())["error"]["type"] == "RunFailure"
+    assert files(tmp_path / "outputs") == []

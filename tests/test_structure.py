@@ -15,9 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "sgl_diffusion"
-LAYERS = ["kernels", "models", "runtime", "bench", "cli"]  # low to high
-MAY_NOT_IMPORT = {("cli", "kernels"), ("cli", "models")}
-LINES = {"kernels": 400, "models": 600, "runtime": 500, "bench": 350, "cli": 350}  # of one file
+LAYERS = ["kernels", "models", "runtime", "bench", "server", "cli"]  # low to high
+MAY_NOT_IMPORT = {(face, room) for face in ("cli", "server") for room in ("kernels", "models")} | {("cli", "server")}
+LINES = {"kernels": 400, "models": 600, "runtime": 500, "bench": 350, "server": 350, "cli": 350}  # of one file
 FUNCTION_LINES = 80
 CLASS_LINES = 250
 BROAD_EXCEPT = {  # the two process boundaries, and the thread boundary of a foreign pipeline
