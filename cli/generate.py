@@ -46,11 +46,12 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 
 
 def set_up_logging(level: str) -> None:
-    """Our own messages on stderr at `level`; libraries' at warning or above, without their progress bars."""
+    """Our own messages on stderr at `level`; libraries' errors alone, and download bars on a terminal alone."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr, force=True)
     logging.getLogger("sgl_diffusion").setLevel(level.upper())
-    if level != "debug":
+    if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if level != "debug":
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
 
@@ -58,18 +59,19 @@ def set_up_logging(level: str) -> None:
 def _show(events: Iterator[Event], console: Console) -> Result:
     """Drains the events, with a bar for the stage and its steps on a terminal and nothing elsewhere."""
     with _bar(console) as progress:
-        task = None
+        stage, total = None, 1
         for event in events:
             if isinstance(event, Finished):
                 return event.result
             if progress is None:
                 continue
             if isinstance(event, StageStarted):
-                task = progress.add_task(event.name.replace("_", " "), total=None)
-            elif isinstance(event, StepDone) and task is not None:
-                progress.update(task, completed=event.step, total=event.total)
-            elif task is not None:
-                progress.update(task, total=1, completed=1)
+                stage, total = progress.add_task(event.name.replace("_", " "), total=None), 1
+            elif stage is not None and isinstance(event, StepDone):
+                total = event.total
+                progress.update(stage, completed=event.step, total=total)
+            elif stage is not None:
+                progress.update(stage, completed=total, total=total)
     raise AssertionError("generate ends with Finished")
 
 

@@ -42,10 +42,16 @@ class Checkpoint:
         return str(name[-1] if isinstance(name, list) else name)
 
     def config(self, component: str) -> dict[str, Any]:
-        """The component's config file, `{}` if it has none."""
+        """The component's config file, `{}` if it has none.
+
+        A transformers model may be saved by a larger class than the pipeline uses (T5 with its decoder):
+        `architectures` is the class that `model_index.json` names.
+        """
         for name in CONFIG_NAMES:
             if (path := self.folders[component] / name).is_file():
-                return read_json(path)
+                library, class_name = self.index[component]
+                config = read_json(path)
+                return config | {"architectures": [class_name]} if library == "transformers" else config
         return {}
 
 

@@ -11,7 +11,6 @@ import transformers
 from safetensors import SafetensorError
 from torch import nn
 
-from sgl_diffusion.runtime.checkpoint import read_json
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.weights import weight_files
 
@@ -19,13 +18,20 @@ from sgl_diffusion.runtime.weights import weight_files
 IMPLEMENTATIONS = {"torch_sdpa": "sdpa", "eager": "eager"}
 
 
-def load_encoder(key: str, folder: Path, device: torch.device, dtype: torch.dtype, attention: str | None) -> Any:
-    """The encoder named by `architectures` in its config.
+def load_encoder(
+    key: str,
+    config: Mapping[str, Any],
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    attention: str | None,
+) -> Any:
+    """The encoder named by `architectures` in its config, which is `model_index.json`'s word for it.
 
     Raises:
         UserError: an unknown class, a corrupt file, missing or mis-shaped weights, an attention backend it refuses.
     """
-    cls = _encoder_class(key, read_json(folder / "config.json"))
+    cls = _encoder_class(key, config)
     weight_files(folder)
     transformers.utils.logging.disable_progress_bar()  # the caller shows progress
     try:

@@ -104,7 +104,7 @@ class NativePipeline:
             encoder = dummy_encoder(key, config, device, dtype, requested)
             fill_dummy(encoder, device, dtype)
         else:
-            encoder = load_encoder(key, folders[key], device, dtype, requested)
+            encoder = load_encoder(key, config, folders[key], device, dtype, requested)
         self.encoder_attention[key] = str(encoder.config._attn_implementation)
         return encoder.eval().requires_grad_(False)
 

@@ -207,3 +207,37 @@ def test_a_picture_of_nan_is_a_failure_not_a_file(tiny: Tiny, tmp_path: Path) ->
     assert "failed: the decoded pictures hold NaN" in done.stderr
     assert json.loads((tmp_path / "p.json").read_text())["error"]["type"] == "RunFailure"
     assert files(tmp_path / "outputs") == []
+
+
+def test_a_terminal_shows_stages_steps_and_time_left(tiny: Tiny, tmp_path: Path) -> None:
+    """On a pseudo-terminal the bars are there; elsewhere stderr holds log lines only (see above)."""
+    import pty
+
+    leader, follower = pty.openpty()
+    words = [SGLANG, "generate", "--model-path", tiny("flux"), "--prompt", "x", *SMALL, "--num-inference-steps", "9"]
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=follower, stdout=subprocess.DEVNULL, env=env)
+    os.close(follower)
+    shown = b""
+    try:
+        while chunk := os.read(leader, 65536):
+            shown += chunk
+    except OSError:  # a pseudo-terminal ends with an error, not with an empty read
+        pass
+    assert process.wait() == 0
+    assert b"denoising" in shown and b"9/9" in shown and b"0:00:" in shown
+
+
+def test_an_interrupted_run_says_so_and_leaves_no_picture(tiny: Tiny, tmp_path: Path) -> None:
+    import signal
+
+    endless = [*SMALL, "--num-inference-steps", "100000"]
+    words = [SGLANG, "generate", "--model-path", tiny("flux"), "--prompt", "x", *endless]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    while "loaded" not in process.stderr.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert "Traceback" not in process.stderr.read()
+    assert files(tmp_path / "outputs") == []
