@@ -144,8 +144,15 @@ def versions(device: torch.device) -> dict[str, str | None]:
     found["cuda"] = torch.version.cuda
     is_gpu = device.type == "cuda"
     found["driver"] = _driver() if is_gpu else None
-    found["device"] = torch.cuda.get_device_name(device) if is_gpu else platform.processor() or platform.machine()
+    found["device"] = torch.cuda.get_device_name(device) if is_gpu else _processor()
     return found
+
+
+def _processor() -> str:
+    """The CPU's name; the platform module knows only its architecture on Linux."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} threads" if names else platform.processor() or platform.machine()
 
 
 def _driver() -> str:
