@@ -20,7 +20,6 @@ import torch
 from sgl_diffusion.bench.checkpoints import write_denoiser_checkpoint
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine
-from sgl_diffusion.runtime.events import Finished
 from sgl_diffusion.runtime.report import Report, commit_hash, versions
 
 MIN_PSNR_DB = 40.0
@@ -58,8 +57,8 @@ def compare(model_path: str, params: SamplingParams, *, rounds: int = 5, warmup:
     reports: dict[str, list[Report]] = {b: [] for b in engines}
     pictures: dict[str, np.ndarray] = {}
     for turn in range(warmup + rounds):
-        for backend, engine in engines.items():
-            result = _draw(engine, params)
+        for backend in sorted(engines, reverse=bool(turn % 2)):  # each goes first in every other round
+            result = engines[backend].run(params)
             pictures[backend] = np.asarray(result.outputs[0].image, dtype=np.float64)
             if turn >= warmup:
                 reports[backend].append(result.report)
@@ -82,13 +81,6 @@ def compare(model_path: str, params: SamplingParams, *, rounds: int = 5, warmup:
         versions=versions(engines["sglang"].device),
         commit=commit_hash(),
     )
-
-
-def _draw(engine: Engine, params: SamplingParams) -> Any:
-    for event in engine.generate(params):
-        if isinstance(event, Finished):
-            return event.result
-    raise AssertionError("generate ends with Finished")
 
 
 def _side(reports: Sequence[Report]) -> Side:
