@@ -14,7 +14,9 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 
+from sgl_diffusion.models.family import Size
 from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.diffusers_loader import bridge_precisions
 from sgl_diffusion.runtime.encoders import IMPLEMENTATIONS
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, StageFinished, StageStarted, StepDone
@@ -39,7 +41,8 @@ class DiffusersPipeline:
         self.pipe.set_progress_bar_config(disable=True)
         self.call_arguments = _call_arguments(type(self.pipe))
         self.draws_video = "num_frames" in self.call_arguments
-        self._bridge_precisions()
+        if len(set(plan.dtypes.values())) > 1:
+            bridge_precisions(pipe, self.denoisers().values())
         self.attention = self._set_attention(args)
         self.tile = self._tile_size(args)
         if plan.vae_slicing:
@@ -85,22 +88,6 @@ class DiffusersPipeline:
             if kind == "text_encoder":
                 used[key] = getattr(getattr(self.pipe, key).config, "_attn_implementation", "unknown")
         return used
-
-    def _bridge_precisions(self) -> None:
-        """Casts what enters a denoiser or VAE to its own dtype, where components have different ones.
-
-        diffusers' pipelines expect one dtype everywhere and stop at the first matrix product otherwise.
-        """
-        if len(set(self.plan.dtypes.values())) == 1:
-            return
-        for module in self.denoisers().values():
-            module.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-        if (vae := getattr(self.pipe, "vae", None)) is not None:
-            for part in (vae.encoder, vae.decoder):
-                part.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-            for name in ("quant_conv", "post_quant_conv"):
-                if isinstance(conv := getattr(vae, name, None), torch.nn.Module):
-                    conv.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
 
     def _vae_switch(self, option: str, method: str) -> None:
         vae = getattr(self.pipe, "vae", None)
@@ -176,6 +163,8 @@ class DiffusersPipeline:
         """Guidance that diffusers would drop without a word is an error here."""
         scale, true_cfg = request.given.get("guidance_scale"), request.given.get("true_cfg_scale")
         if "true_cfg_scale" not in self.call_arguments:
+            if request.negative_prompt is not None and scale is not None and scale <= 1:
+                raise UserError(f"negative_prompt: has no effect with guidance_scale={scale}; use one above 1")
             return
         if true_cfg is not None and true_cfg > 1 and request.negative_prompt is None:
             raise UserError(f"true_cfg_scale={true_cfg}: needs a negative_prompt (it may be empty)")
@@ -197,6 +186,7 @@ class DiffusersPipeline:
         arguments = self.prepare(request)
         scheduler = self.pipe.scheduler
         self._apply_scheduler_options(request)
+        self._apply_automatic_tiling(request)
         events: queue.SimpleQueue[Event | None] = queue.SimpleQueue()
         outcome: list[list[Pixels]] = []
         failure: list[BaseException] = []
@@ -249,6 +239,13 @@ class DiffusersPipeline:
                     call["callback_on_step_end"] = stages.step_done
                 pixels += _pixels(self.pipe(**call))
         return pixels
+
+    def _apply_automatic_tiling(self, request: Request) -> None:
+        """Tiles large pictures where the user left the choice open and the VAE can."""
+        height, width = request.given.get("height"), request.given.get("width")
+        vae: Any = getattr(self.pipe, "vae", None)
+        if self.plan.vae_tiling is None and hasattr(vae, "enable_tiling") and height and width:
+            (vae.enable_tiling if self.plan.tiles(Size(height, width)) else vae.disable_tiling)()
 
     def _apply_scheduler_options(self, request: Request) -> None:
         options = {k: v for k, v in request.diffusers_kwargs.items() if k not in self.call_arguments}
@@ -352,20 +349,6 @@ class _Stages:
             self.open.pop(stage).close()
             if stage != "denoise_step":
                 self.emit(StageFinished(stage))
-
-
-def _cast_inputs(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """A forward pre-hook. Times and positions (`*_ids`, tensors below two dimensions) keep their precision."""
-    dtype = next(module.parameters()).dtype
-
-    def cast(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            return value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
-        if isinstance(value, dict):
-            return {k: v if k.endswith("_ids") else cast(v) for k, v in value.items()}
-        return type(value)(cast(v) for v in value) if isinstance(value, list | tuple) else value
-
-    return cast(args), cast(kwargs)
 
 
 def _call_arguments(cls: type[Any]) -> dict[str, inspect.Parameter]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +127,30 @@ def _custom_code(checkpoint: Checkpoint) -> Path | None:
         if (file := checkpoint.root / key / f"{library}.py").is_file():
             return file
     return None
+
+
+def bridge_precisions(pipe: Any, denoisers: Iterable[torch.nn.Module]) -> None:
+    """Casts what enters a denoiser or VAE to its own dtype, for components of different precisions.
+
+    diffusers' pipelines expect one dtype everywhere and stop at the first matrix product otherwise.
+    """
+    parts: list[Any] = list(denoisers)
+    if (vae := getattr(pipe, "vae", None)) is not None:
+        parts += [getattr(vae, name, None) for name in ("encoder", "decoder", "quant_conv", "post_quant_conv")]
+    for part in parts:
+        if isinstance(part, torch.nn.Module):
+            part.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+
+
+def _cast_inputs(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A forward pre-hook. Times and positions (`*_ids`, tensors below two dimensions) keep their precision."""
+    dtype = next(module.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return value.to(dtype) if value.is_floating_point() and value.ndim > 1 else value
+        if isinstance(value, dict):
+            return {k: v if k.endswith("_ids") else cast(v) for k, v in value.items()}
+        return type(value)(cast(v) for v in value) if isinstance(value, list | tuple) else value
+
+    return cast(args), cast(kwargs)

@@ -95,6 +95,8 @@ class Engine:
                 native_why = str(e)
         if args.backend == "sglang":
             raise UserError(f"backend=sglang: {native_why}; --backend diffusers can run it")
+        if args.model_id is not None:
+            raise UserError(f"model_id={args.model_id}: lends native defaults; has no effect here ({native_why})")
         kinds = component_kinds(checkpoint)
         plan = make_plan(args, kinds)
         pipe = load_pipe(checkpoint, args, plan, pipeline_class)
@@ -108,6 +110,8 @@ class Engine:
         pipeline_class = next((c for c in FAMILIES if name in _family(c).presets()), None)
         sampling_defaults: Mapping[str, Any] = {}
         if pipeline_class is not None:
+            if args.component_paths:
+                raise UserError(f"component_paths={args.component_paths}: no effect on the dummy weights of a preset")
             family = _family(pipeline_class)
             configs, defaults = family.presets()[name].components, family.presets()[name].defaults
         elif name == EMBEDDED or Path(name).expanduser().is_dir():
@@ -142,7 +146,7 @@ class Engine:
 
         Raises:
             UserError: a request that cannot be honoured, found before any work is done. The perf dump is still written.
-        RunFailure: memory ran out, or the model drew something that is not a picture.
+            RunFailure: memory ran out, or the model drew something that is not a picture.
         """
         run = _Run(self, params)
         try:

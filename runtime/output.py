@@ -25,6 +25,7 @@ from sgl_diffusion.runtime.request import Request
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 CLIPS = (".mp4", ".mkv", ".webm", ".gif")
+LOSSLESS = (".png", ".gif")  # formats without a quality to choose
 SLUG_LENGTH = 80
 METADATA_KEY = "sgl_diffusion"
 EXIF_USER_COMMENT = 0x9286
@@ -63,6 +64,9 @@ def plan_outputs(params: SamplingParams, request: Request, *, is_video: bool) ->
     if suffix not in allowed:
         kind = "a video" if is_video else "a picture"
         raise UserError(f"output_file_name={name}: {kind} is written as one of {', '.join(allowed)}")
+    if params.output_quality is not None and suffix in LOSSLESS:
+        others = ", ".join(s for s in allowed if s not in LOSSLESS)
+        raise UserError(f"output_quality={params.output_quality}: {suffix} has no quality; use one of {others}")
     stem = name[: -len(suffix)]
     names = [name] if request.count == 1 else [f"{stem}_{i}{suffix}" for i in range(request.count)]
     paths = [folder / n for n in names]

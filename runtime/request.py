@@ -50,7 +50,8 @@ def resolve_request(params: SamplingParams, checkpoint_defaults: Mapping[str, An
     """Merges the user's parameters over the checkpoint's defaults.
 
     Raises:
-        UserError: no prompt, an unreadable prompt file, an unknown default of the checkpoint.
+        UserError: no prompt, an unreadable prompt file, an unknown default of the checkpoint, names for files that
+            are not saved.
     """
     if unknown := sorted(set(checkpoint_defaults) - set(SAMPLING_FIELDS)):
         raise UserError(
@@ -59,6 +60,10 @@ def resolve_request(params: SamplingParams, checkpoint_defaults: Mapping[str, An
     said = {f: getattr(params, f) for f in SAMPLING_FIELDS}
     given = {**checkpoint_defaults, **{k: v for k, v in said.items() if v not in (None, [], ())}}
     prompts = _prompts(params)
+    if not params.save_output:
+        for field in ("output_file_name", "output_quality"):
+            if (value := getattr(params, field)) is not None:
+                raise UserError(f"{field}={value}: has no effect with save_output=false")
     return Request(
         prompts=prompts,
         negative_prompt=params.negative_prompt,

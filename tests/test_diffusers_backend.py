@@ -114,6 +114,14 @@ def test_scheduler_options_take_effect_for_their_request_alone(tiny: Tiny) -> No
     assert np.array_equal(before, after)
 
 
+def test_large_pictures_are_tiled_unless_told_otherwise(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sgl_diffusion.runtime.plan.AUTO_TILING_PIXELS", 100 * 100)
+    for mode, height, tiled in (("auto", 96, False), ("auto", 128, True), ("speed", 128, False), ("memory", 96, True)):
+        engine = load(tiny("sdxl"), performance_mode=mode)
+        report = engine.run(params(height=height, width=96, num_inference_steps=1)).report
+        assert report.effective["vae"]["tiling"] is tiled, (mode, height)
+
+
 @pytest.mark.parametrize(
     ("name", "sampling", "told"),
     [
@@ -122,6 +130,7 @@ def test_scheduler_options_take_effect_for_their_request_alone(tiny: Tiny) -> No
         ("sdxl", {"diffusers_kwargs": {"guidance_rescal": 1}}, "did you mean guidance_rescale?"),
         ("sdxl", {"diffusers_kwargs": {"height": 64}}, "diffusers_kwargs.height=64: already given"),
         ("sdxl", {"height": 63}, "StableDiffusionXLPipeline: `height` and `width` have to be divisible by 8"),
+        ("sdxl", {"negative_prompt": "x", "guidance_scale": 1.0}, "negative_prompt: has no effect with guidance_scale"),
         ("wan", {"image_path": ["a.png"]}, "image_path=.*: WanPipeline does not take it"),
     ],
 )

@@ -61,6 +61,9 @@ def test_names_follow_what_was_asked_for(tmp_path: Path) -> None:
         ({"output_file_name": "a/b.png"}, False, "must not hold a folder"),
         ({"output_file_name": "a.mp4"}, False, "a picture is written as one of .png, .jpg, .jpeg, .webp"),
         ({"output_file_name": "a.png"}, True, "a video is written as one of .mp4"),
+        ({"output_quality": 50}, False, "output_quality=50: .png has no quality; use one of .jpg, .jpeg, .webp"),
+        ({"save_output": False, "output_file_name": "a"}, False, "output_file_name=a: has no effect"),
+        ({"save_output": False, "output_quality": 9}, False, "output_quality=9: has no effect"),
     ],
 )
 def test_names_that_cannot_be_written(tmp_path: Path, sampling: dict[str, Any], is_video: bool, told: str) -> None:
