@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import html
+import math
 from collections.abc import Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -12,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sgl_diffusion.cli.flags import Parser
-from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.report import Report
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2")
@@ -21,13 +23,13 @@ WIDTH, ROW, MARGIN, LEGEND = 1000, 46, 16, 22  # pixels of a timeline
 
 
 def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    """Exit code 1 from `compare --fail-over` if the second report is slower by more than that share."""
+    """Exit code 1 from `compare --fail-over` if the last report is slower by more than that share."""
     actions = parser.add_subparsers(dest="action", metavar="show|compare", parser_class=Parser, required=True)
     show = actions.add_parser("show", help="one report as a table", allow_abbrev=False)
     show.add_argument("reports", type=Path, nargs=1, metavar="A.json")
     compare = actions.add_parser("compare", help="two or more reports, with ratios to the first", allow_abbrev=False)
     compare.add_argument("reports", type=Path, nargs="+", metavar="REPORT.json", help="the first is the baseline")
-    compare.add_argument("--fail-over", metavar="5%", help="exit 1 if the last is slower than the first by more")
+    compare.add_argument("--fail-over", metavar="5%", help="exit 1 if the last is slower, in total or by step")
     for action in (show, compare):
         action.add_argument("--plot", type=Path, metavar="FILE", help="write a timeline, .png or .html")
     args = parser.parse_args(argv)
@@ -38,18 +40,18 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     names = [path.name for path in args.reports]
     if args.plot is not None:
         plot(args.plot, names, reports)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False, emoji=False)  # names of files are no markup
     if args.action == "show":
         print(reports[0].summary())
+        for output in reports[0].outputs:
+            print(f"saved {output}")
     console.print(comparison(names, reports))
     if limit is None:
         return 0
-    slower = _slower(reports[0], reports[-1])
-    if slower is None:
-        raise UserError(f"{args.reports[-1]}: holds no time to compare")
-    verdict = "slower" if slower >= 0 else "faster"
-    print(f"{names[-1]} is {abs(slower):.1%} {verdict} than {names[0]} (limit {limit:.1%})")
-    return 1 if slower > limit else 0
+    slower = _slower(args.reports[0], reports[0], args.reports[-1], reports[-1])
+    told = ", ".join(f"{name} {abs(s):.1%} {'slower' if s >= 0 else 'faster'}" for name, s in slower.items())
+    print(f"{names[-1]} against {names[0]}: {told} (limit {limit:.1%})")
+    return 1 if max(slower.values()) > limit else 0
 
 
 def _share(text: str) -> float:
@@ -58,17 +60,27 @@ def _share(text: str) -> float:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         value = -1.0
-    if value < 0:
+    if not 0 <= value < math.inf:
         raise UserError(f"fail_over={text}: expected a share such as 5% or 0.05")
     return value
 
 
-def _slower(first: Report, last: Report) -> float | None:
-    """Share by which `last` takes longer: by the median step where both have steps, by the total otherwise."""
-    a, b = first.median_step_ms, last.median_step_ms
-    if a is None or b is None:
-        a, b = first.total_duration_ms, last.total_duration_ms
-    return b / a - 1 if a > 0 else None
+def _slower(first_path: Path, first: Report, last_path: Path, last: Report) -> dict[str, float]:
+    """Shares by which `last` takes longer, in total and by the median step where both have steps.
+
+    Raises:
+        RunFailure: one of the runs failed, so that its times say nothing.
+        UserError: the first holds no time to compare with.
+    """
+    for path, report in ((first_path, first), (last_path, last)):
+        if report.error is not None:
+            raise RunFailure(f"{path}: not comparable, the run failed: {report.error.type}: {report.error.message}")
+    pairs = {"total": (first.total_duration_ms, last.total_duration_ms)}
+    if first.median_step_ms is not None and last.median_step_ms is not None:
+        pairs["median step"] = (first.median_step_ms, last.median_step_ms)
+    if any(a <= 0 for a, _ in pairs.values()):
+        raise UserError(f"{first_path}: holds no time to compare with")
+    return {name: b / a - 1 for name, (a, b) in pairs.items()}
 
 
 def times(report: Report) -> dict[str, float]:
@@ -107,7 +119,7 @@ def plot(path: Path, names: Sequence[str], reports: Sequence[Report]) -> None:
     """One row for every report: its stages to a common scale, the denoising steps inside their stage.
 
     Raises:
-        UserError: another suffix than .png or .html, or a folder that is not there.
+        UserError: another suffix than .png or .html, or a place that cannot be written.
     """
     if path.suffix.lower() not in (".png", ".html"):
         raise UserError(f"plot={path}: expected a .png or .html file")
@@ -118,10 +130,13 @@ def plot(path: Path, names: Sequence[str], reports: Sequence[Report]) -> None:
     longest = max(map(_length, reports))
     bars = [bar for row, report in enumerate(reports) for bar in _bars(row, report, longest, colours)]
     height = MARGIN + len(reports) * (ROW + LEGEND) + LEGEND
-    if path.suffix.lower() == ".html":
-        path.write_text(_svg_page(names, bars, colours, height), encoding="utf-8")
-    else:
-        _draw(names, bars, colours, height).save(path)
+    try:
+        if path.suffix.lower() == ".html":
+            path.write_text(_svg_page(names, bars, colours, height), encoding="utf-8")
+        else:
+            _draw(names, bars, colours, height).save(path)
+    except OSError as e:
+        raise UserError(f"plot={path}: cannot be written: {e.strerror}") from e
 
 
 Bar = tuple[float, float, float, float, str, str]  # left, top, right, bottom, colour, label
@@ -136,12 +151,15 @@ def _bars(row: int, report: Report, longest: float, colours: Mapping[str, str]) 
     top = MARGIN + row * (ROW + LEGEND) + LEGEND
     left = float(MARGIN)
     bars: list[Bar] = []
+    steps = iter(report.denoise_steps_ms)
+    batches = sum(stage.name == "denoising" for stage in report.steps)  # each of them takes the same number of steps
+    steps_each = math.ceil(len(report.denoise_steps_ms) / max(batches, 1))
     for stage in report.steps:
         right = left + stage.duration_ms * scale
         bars.append((left, top, right, top + ROW, colours[stage.name], f"{stage.name}: {stage.duration_ms:.1f} ms"))
         if stage.name == "denoising":
             at = left
-            for step in report.denoise_steps_ms:
+            for step in islice(steps, steps_each):
                 end = at + step.duration_ms * scale
                 bars.append((at, top + ROW * 0.55, max(at, end - 2), top + ROW, STEP_COLOUR,
                              f"step {step.step}: {step.duration_ms:.1f} ms"))  # fmt: skip

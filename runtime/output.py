@@ -8,7 +8,9 @@ import os
 import re
 import tempfile
 import unicodedata
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -20,13 +22,15 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sgl_diffusion.runtime.args import SamplingParams
-from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.request import Request
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 CLIPS = (".mp4", ".mkv", ".webm", ".gif")
 LOSSLESS = (".png", ".gif")  # formats without a quality to choose
 SLUG_LENGTH = 80
+NAME_BYTES = 255  # the longest file name that common file systems take
+JPEG_NOTE_BYTES = 60_000  # a JPEG segment ends at 64 KiB; the rest is for the other parameters
 METADATA_KEY = "sgl_diffusion"
 EXIF_USER_COMMENT = 0x9286
 EXIF_IFD = 0x8769
@@ -51,9 +55,22 @@ def plan_outputs(params: SamplingParams, request: Request, *, is_video: bool) ->
     A name the user gave is replaced only if that file holds the same request; names of our own never collide.
 
     Raises:
-        UserError: an unwritable folder, a suffix that is not written, a file of another run.
+        UserError: an unwritable folder, a name or suffix that cannot be written, a quality the format does not have,
+            a file of another run.
     """
     folder = Path(params.output_path)
+    paths = [folder / name for name in _names(params, request, is_video=is_video)]
+    _make_writable(folder)
+    for index, path in enumerate(paths):
+        if path.exists():
+            if (read_metadata(path) or {}).get("digest") != request_digest(request, index):
+                raise UserError(f"output_file_name={path.name}: {path} holds another run; choose another name")
+        elif params.return_frames and frames_path(path).exists():
+            raise UserError(f"output_file_name={path.name}: {frames_path(path)} exists already; choose another name")
+    return paths
+
+
+def _names(params: SamplingParams, request: Request, *, is_video: bool) -> list[str]:
     name = params.output_file_name or _default_name(request)
     if Path(name).name != name:
         raise UserError(f"output_file_name={name}: must not hold a folder; use output_path for it")
@@ -67,14 +84,20 @@ def plan_outputs(params: SamplingParams, request: Request, *, is_video: bool) ->
     if params.output_quality is not None and suffix in LOSSLESS:
         others = ", ".join(s for s in allowed if s not in LOSSLESS)
         raise UserError(f"output_quality={params.output_quality}: {suffix} has no quality; use one of {others}")
+    if suffix in (".jpg", ".jpeg"):
+        _demand_room_for_prompts(request)
     stem = name[: -len(suffix)]
     names = [name] if request.count == 1 else [f"{stem}_{i}{suffix}" for i in range(request.count)]
-    paths = [folder / n for n in names]
-    for index, path in enumerate(paths):
-        if path.exists() and (read_metadata(path) or {}).get("digest") != request_digest(request, index):
-            raise UserError(f"output_file_name={path.name}: {path} holds another run; choose another name")
-    _make_writable(folder)
-    return paths
+    if "\0" in name or len(os.fsencode(names[-1])) > NAME_BYTES:
+        raise UserError(f"output_file_name={name[:40]!r}...: expected at most {NAME_BYTES} bytes, none of them null")
+    return names
+
+
+def _demand_room_for_prompts(request: Request) -> None:
+    """A JPEG has little room for its parameters; that must not be found out when the picture is drawn."""
+    longest = max(request.prompts, key=len) + (request.negative_prompt or "")
+    if len(json.dumps(longest, ensure_ascii=False).encode("utf-16-be")) > JPEG_NOTE_BYTES:
+        raise UserError(f"prompt={longest[:40]!r}...: too long to be kept inside a .jpg file; name a .png or .webp one")
 
 
 def request_digest(request: Request, index: int) -> str:
@@ -101,8 +124,22 @@ def _make_writable(folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=folder):
             pass
+    except (OSError, ValueError) as e:  # ValueError: a null byte
+        why = e.strerror if isinstance(e, OSError) else e
+        raise UserError(f"output_path={folder}: cannot be written: {why}") from e
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """A file beside `path` to write to. It takes the name when the block ends well, and is gone when it does not."""
+    part = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
+    try:
+        yield part
+        os.replace(part, path)
     except OSError as e:
-        raise UserError(f"output_path={folder}: cannot be written: {e.strerror}") from e
+        raise RunFailure(f"{path} cannot be written: {e.strerror or e}") from e
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def save(output: Output, path: Path, metadata: Mapping[str, Any], quality: int | None) -> None:
@@ -110,42 +147,55 @@ def save(output: Output, path: Path, metadata: Mapping[str, Any], quality: int |
 
     Args:
         quality: 1..100 for JPEG, WebP (100 is lossless there) and video; PNG and GIF have none.
+
+    Raises:
+        RunFailure: the disk does not take the file.
     """
-    handle, part = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    try:
-        note = json.dumps(dict(metadata), sort_keys=True, default=str)
-        if output.frames is not None:
-            _write_clip(output.frames, output.fps or 24, Path(part), note, quality)
-        else:
+    note = json.dumps(dict(metadata), sort_keys=True, default=str, ensure_ascii=False)
+    with _whole(path) as part:
+        if output.frames is None:
             assert output.image is not None
-            _write_picture(output.image, Path(part), note, quality)
-        os.chmod(part, 0o666 & ~_umask())
-        os.replace(part, path)
-    finally:
-        Path(part).unlink(missing_ok=True)  # gone already unless something failed
+            _write_picture(output.image, part, note, parameters(metadata, output.image.size), quality)
+        elif path.suffix.lower() == ".gif":
+            _write_gif(output.frames, output.fps or 24, part, note)
+        else:
+            _write_clip(output.frames, output.fps or 24, part, note, quality)
+
+
+def parameters(metadata: Mapping[str, Any], size: tuple[int, int]) -> str:
+    """The metadata as picture viewers and galleries show them: the prompt, what to avoid, and one line of settings."""
+    settings = {
+        "Steps": metadata.get("num_inference_steps"),
+        "CFG scale": metadata.get("guidance_scale"),
+        "Seed": metadata.get("seed"),
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": metadata.get("model"),
+    }
+    lines = [str(metadata.get("prompt", ""))]
+    if metadata.get("negative_prompt"):
+        lines.append(f"Negative prompt: {metadata['negative_prompt']}")
+    lines.append(", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None))
+    return "\n".join(lines)
+
+
+def frames_path(path: Path) -> Path:
+    """Where the raw frames of the result at `path` go."""
+    return path.with_suffix(".npy")
 
 
 def save_frames(output: Output, path: Path) -> Path:
     """Writes the raw frames, uint8 (F, H, W, 3) with F = 1 for a picture, as NumPy's .npy."""
     frames = np.asarray(output.image)[None] if output.frames is None else output.frames
-    part = path.with_name(f".{path.name}")
-    with part.open("wb") as file:
+    with _whole(path) as part, part.open("wb") as file:
         np.save(file, frames)
-    os.replace(part, path)
     return path
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def _write_picture(image: Image.Image, path: Path, note: str, quality: int | None) -> None:
+def _write_picture(image: Image.Image, path: Path, note: str, shown: str, quality: int | None) -> None:
     suffix = path.suffix.lower()
     if suffix == ".png":
         info = PngImagePlugin.PngInfo()
+        info.add_text("parameters", shown)
         info.add_itxt(METADATA_KEY, note)
         image.save(path, pnginfo=info)
         return
@@ -163,23 +213,26 @@ def _write_clip(frames: NDArray[np.uint8], fps: int, path: Path, note: str, qual
     suffix = path.suffix.lower()
     height, width = frames.shape[1:3]
     even = height % 2 == 0 and width % 2 == 0
-    codec, pixels = {".gif": ("gif", "rgb8"), ".webm": ("libvpx-vp9", "yuv420p" if even else "yuv444p")}.get(
-        suffix, ("libx264", "yuv420p" if even else "yuv444p")
-    )
+    codec, worst = ("libvpx-vp9", 63) if suffix == ".webm" else ("libx264", 51)
     quality = DEFAULT_CLIP_QUALITY if quality is None else quality
     with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:
         container.metadata["comment"] = note
         stream: Any = container.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, pixels
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p" if even else "yuv444p"
         stream.thread_count = 1
-        if codec != "gif":
-            crf = (
-                str(round((100 - quality) / 100 * 51)) if codec == "libx264" else str(round((100 - quality) / 100 * 63))
-            )
-            stream.options = {"crf": crf, "flags": "+bitexact", **({"b": "0"} if codec == "libvpx-vp9" else {})}
+        crf = round((100 - quality) / 100 * worst)
+        stream.options = {"crf": str(crf), "flags": "+bitexact", **({"b": "0"} if codec == "libvpx-vp9" else {})}
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
+
+
+def _write_gif(frames: NDArray[np.uint8], fps: int, path: Path, note: str) -> None:
+    """By Pillow, not FFmpeg: a palette of its own for every frame, and room for the parameters."""
+    ends = [round((i + 1) * 100 / fps) for i in range(len(frames))]  # GIF counts in hundredths of a second
+    durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
+    first, *rest = (Image.fromarray(frame) for frame in frames)
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, comment=note.encode())
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:
@@ -187,17 +240,19 @@ def read_metadata(path: Path) -> dict[str, Any] | None:
     try:
         note = _note(path)
         value = json.loads(note) if note else None
-    except (OSError, ValueError, UnidentifiedImageError, av.FFmpegError):
+    except (OSError, ValueError, UnidentifiedImageError, Image.DecompressionBombError, av.FFmpegError):
         return None
     return value if isinstance(value, dict) else None
 
 
 def _note(path: Path) -> str | None:
-    if path.suffix.lower() in CLIPS:
+    if path.suffix.lower() in CLIPS and path.suffix.lower() != ".gif":
         with av.open(str(path)) as container:
             return container.metadata.get("comment") or container.metadata.get("COMMENT")
     with Image.open(path) as image:
         if METADATA_KEY in image.info:
             return str(image.info[METADATA_KEY])
+        if isinstance(note := image.info.get("comment"), bytes):
+            return note.decode()
         comment = image.getexif().get_ifd(EXIF_IFD).get(EXIF_USER_COMMENT)
     return comment.removeprefix(b"UNICODE\0").decode("utf-16-be") if isinstance(comment, bytes) else None

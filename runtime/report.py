@@ -10,30 +10,31 @@ import platform
 import resource
 import statistics
 import subprocess
-import tempfile
+import uuid
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.errors import RunFailure, UserError
 
 if TYPE_CHECKING:
     import torch
 
 MIB = 1024 * 1024
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class StageTime(BaseModel):
     name: str
-    duration_ms: float
+    duration_ms: Milliseconds
 
 
 class StepTime(BaseModel):
     step: int
-    duration_ms: float
+    duration_ms: Milliseconds
 
 
 class MemoryCheckpoint(BaseModel):
@@ -60,7 +61,7 @@ class Report(BaseModel):
     request_id: str
     commit_hash: str | None
     tag: str
-    total_duration_ms: float
+    total_duration_ms: Milliseconds
     steps: list[StageTime]
     denoise_steps_ms: list[StepTime]
     memory_checkpoints: dict[str, MemoryCheckpoint]
@@ -76,11 +77,19 @@ class Report(BaseModel):
         return statistics.median(times) if times else None
 
     def write(self, path: Path) -> None:
-        """Writes JSON in one go: a reader sees the whole file or none."""
-        handle, part = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(self.model_dump_json(indent=2) + "\n")
-        os.replace(part, path)
+        """Writes JSON in one go: a reader sees the whole file or none.
+
+        Raises:
+            RunFailure: the disk does not take the file.
+        """
+        part = path.with_name(f".{uuid.uuid4().hex}.json")
+        try:
+            part.write_text(self.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            os.replace(part, path)
+        except OSError as e:
+            raise RunFailure(f"{path} cannot be written: {e.strerror}") from e
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def read(cls, path: Path) -> Report:
@@ -101,10 +110,13 @@ class Report(BaseModel):
         lines = [f"total {_ms(self.total_duration_ms)}  ({stages})"]
         if self.median_step_ms is not None:
             lines.append(f"{len(self.denoise_steps_ms)} steps, median {_ms(self.median_step_ms)}")
-        lines.append(f"backend {e['backend']} ({e['backend_reason']}) on {e['device']}")
+        if "backend" in e:
+            lines.append(f"backend {e['backend']} ({e.get('backend_reason')}) on {e.get('device')}")
         for name in ("attention", "precision"):
             if name in e:
                 lines.append(f"{name} " + ", ".join(f"{k}={v}" for k, v in e[name].items()))
+        if e.get("ignored"):
+            lines.append("ignored " + ", ".join(map(str, e["ignored"])))
         if self.error is not None:
             lines.append(f"failed: {self.error.type}: {self.error.message}")
         return "\n".join(lines)
