@@ -31,7 +31,7 @@ from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
 from sgl_diffusion.runtime.diffusers_loader import component_kinds, dummy_pipe, load_pipe
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageFinished, StageStarted
-from sgl_diffusion.runtime.output import Output, plan_outputs, request_digest, save, save_frames
+from sgl_diffusion.runtime.output import Output, frames_path, plan_outputs, request_digest, save, save_frames
 from sgl_diffusion.runtime.pipeline import NativePipeline, Pixels
 from sgl_diffusion.runtime.plan import make_plan
 from sgl_diffusion.runtime.report import Failure, Report, StageTime, StepTime, commit_hash, memory_checkpoint, versions
@@ -194,7 +194,7 @@ class _Run:
                     save(output, path, self._metadata(request, output), params.output_quality)
                     self.paths.append(path)
                     if params.return_frames:
-                        self.paths.append(save_frames(output, path.with_suffix(".npy")))
+                        self.paths.append(save_frames(output, frames_path(path)))
             yield StageFinished("saving")
         report = self._report(error=None)
         self.finished = True
@@ -234,7 +234,12 @@ class _Run:
 
     def _report(self, error: BaseException | None) -> Report:
         engine, request = self.engine, self.request
-        spans = self.watch.finish()
+        try:
+            spans = self.watch.finish()
+        except RuntimeError:  # a broken GPU answers every call with the error that broke it: report without times
+            if error is None:
+                raise
+            spans = []
         self.memory["after_forward"] = memory_checkpoint(engine.device)
         effective: dict[str, Any] = {
             "backend": engine.backend.name,
