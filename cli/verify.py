@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Column, Table
 
@@ -14,7 +16,8 @@ from sgl_diffusion.cli.generate import set_up_logging
 from sgl_diffusion.runtime.args import parse_args
 from sgl_diffusion.runtime.errors import UserError
 
-COLUMNS = ("stage", "shape", "max abs", "max / std", "relative L2", "PSNR dB", "")
+COLUMNS = ("stage", "shape", "max abs", "max/std", "rel. L2", "PSNR dB", "")
+FILE_WIDTH = 120  # columns where the output is not a terminal
 PROMPT = "a red circle left of a blue square on a yellow background"
 
 
@@ -40,11 +43,11 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     from sgl_diffusion.runtime.verify import verify
 
     result = verify(server, sampling, tolerance)
-    table = Table(*(Column(name, no_wrap=True) for name in COLUMNS))
+    table = Table(*(Column(name, no_wrap=True) for name in COLUMNS), box=box.SIMPLE)
     for c in result.comparisons:
         numbers = (f"{c.max_abs:.2e}", f"{c.relative_max:.2e}", f"{c.relative_l2:.2e}", f"{c.psnr:.1f}")
         table.add_row(c.stage, "x".join(map(str, c.shape)), *numbers, "ok" if c.passed else "FAIL")
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else FILE_WIDTH)
     console.print(table)
     known = ", ".join(f"{k} {v}" for k, v in result.versions.items() if v)
     console.print(f"tolerance {result.tolerance:g} of the std; {known}", highlight=False)

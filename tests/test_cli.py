@@ -99,6 +99,7 @@ def test_prompt_file_samples_config_and_quiet_stderr(tiny: Tiny, tmp_path: Path)
 def test_verify_passes_writes_json_and_fails_past_the_tolerance(tiny: Tiny, tmp_path: Path) -> None:
     done = sglang("verify", tiny("flux"), *SMALL, "--output", "v.json", cwd=tmp_path)
     assert done.returncode == 0 and "passed" in done.stdout, done.stdout + done.stderr
+    assert "encoder_hidden_states" in done.stdout and "\N{HORIZONTAL ELLIPSIS}" not in done.stdout  # nothing cut off
     result = json.loads((tmp_path / "v.json").read_text())
     assert result["passed"] and {s["stage"] for s in result["stages"]} >= {"final_latents", "pixels"}
     done = sglang("verify", tiny("flux"), *SMALL, "--tolerance", "1e-12", cwd=tmp_path)
