@@ -2,7 +2,8 @@
 
 Unrepaired (seen on Triton 3.6 and 3.9) it answers wrongly without a word: fp32 -> bf16 truncates instead of rounding to
 nearest even, `tl.dot` multiplies bit patterns, and so does arithmetic on bf16 values. Conversions and products are
-repaired here. Arithmetic on bf16 is refused instead: our kernels widen to fp32 first, on a GPU too.
+repaired here. Arithmetic on bf16 is refused instead: our kernels widen to fp32 first, on a GPU too. One more repair is
+for Triton 3.6 beside NumPy 2.4: loop bounds.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ def repaired_interpreter() -> Iterator[None]:
         mock.patch.object(builder, "unary_op", _refuse_bf16(builder.unary_op)),
         mock.patch.object(builder, "create_fma", _refuse_bf16(builder.create_fma)),
         mock.patch.object(interpreter.ReduceOps, "apply_impl", _refuse_bf16_reduction),
+        mock.patch.object(interpreter, "_patch_lang_tensor", _index_one_element),
     ):
         yield
 
@@ -78,6 +80,15 @@ def _refuse_bf16_reduction(self: Any, operands: tuple[Any, ...]) -> Any:
     if any(_is_bf16(x.handle) for x in operands):
         raise TypeError(WIDENED)
     return _reduce(self, operands)
+
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _index_one_element(tensor: Any, scope: Any) -> None:
+    """A loop bound is an array of one element; Triton 3.6 asks NumPy to take it for a number, which 2.4 refuses."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
 
 def _is_bf16(x: object) -> bool:
