@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -105,11 +104,3 @@ class Family(Protocol):
 
     def decode(self, x: Tensor, size: Size) -> Tensor:
         """State -> pictures (B, 3, H, W) in [-1, 1]."""
-
-
-@dataclass(frozen=True)
-class ComponentFiles:
-    """Where a component lives: its folder, with `config.json` and safetensors files unless it is a tokenizer."""
-
-    key: str
-    folder: Path

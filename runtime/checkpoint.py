@@ -61,7 +61,7 @@ def open_checkpoint(model_path: str, revision: str | None, component_paths: Mapp
     Raises:
         UserError: no such folder or repository, no readable `model_index.json`, a component key that is not in it.
     """
-    root = _resolve("model_path", model_path, revision, whole=True)
+    root = _resolve("model_path", model_path, revision)
     index_file = root / "model_index.json"
     if not index_file.is_file():
         raise UserError(
@@ -87,7 +87,7 @@ def open_checkpoint(model_path: str, revision: str | None, component_paths: Mapp
 
 
 def _component_folder(key: str, path: str) -> Path:
-    folder = _resolve(f"{key}_path", path, None, whole=True)
+    folder = _resolve(f"{key}_path", path, None)
     config = next((folder / n for n in CONFIG_NAMES if (folder / n).is_file()), None)
     if config is None:
         raise UserError(f"{key}_path={path}: no {CONFIG_NAMES[0]} in it; expected a complete component folder")
@@ -96,7 +96,7 @@ def _component_folder(key: str, path: str) -> Path:
     return folder
 
 
-def _resolve(field_name: str, path: str, revision: str | None, *, whole: bool) -> Path:
+def _resolve(field_name: str, path: str, revision: str | None) -> Path:
     if path == EMBEDDED:
         return Path(str(resources.files("sgl_diffusion.models.embedded"))) / "checkpoint"
     local = Path(path).expanduser()

@@ -208,6 +208,7 @@ class DiffusersPipeline:
         finally:
             self.pipe._interrupt = True  # ends the loop early if the caller stopped listening
             thread.join()
+            self.pipe._interrupt = False
             self.pipe.scheduler = scheduler
         if failure:
             raise _explained(failure[0], self.pipeline_class)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, pre_tokenizers
 from torch import nn
 
-from sgl_diffusion.models.embedded import world
 from sgl_diffusion.models.embedded.tokens import Tokens, build_tokenizers
 
 CLIP_WIDTH, T5_WIDTH = 32, 48
@@ -286,9 +284,3 @@ def link_into_hub_cache(cache: Path, repo: str, folder: Path, revision: str = "m
     (home / "refs").mkdir(parents=True, exist_ok=True)
     (home / "refs" / revision).write_text(commit)
     shutil.copytree(folder, home / "snapshots" / commit)
-
-
-def prompts() -> Iterator[str]:
-    """Captions of the world, which the tiny tokenizers know word for word."""
-    for scene in world.all_scenes():
-        yield world.caption(scene)
