@@ -160,6 +160,12 @@ def attention_reference(
     return result if out is None else out.copy_(result)
 
 
+def eager_attention(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor) -> Tensor:
+    """As diffusers runs it."""
+    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+    return out.copy_(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+
+
 def _inputs(device: str, dtype: torch.dtype, B: int, Q: int, S: int, H: int, K: int) -> Inputs:
     longer, wider = poisoned((B, S + 3, H, K), dtype, device), poisoned((B, S, H, 2 * K), dtype, device)
     return {
@@ -183,6 +189,7 @@ OP = Op(
     replaces="scaled_dot_product_attention, cat",
     launch=attention,
     reference=attention_reference,
+    eager=eager_attention,
     inputs=_inputs,
     tiny=(
         {"B": 1, "Q": 1, "S": 1, "H": 1, "K": 16},
@@ -196,6 +203,7 @@ OP = Op(
         {"B": 2, "Q": 4096, "S": 512, "H": 12, "K": 128},
         {"B": 1, "Q": 1000, "S": 1000, "H": 8, "K": 80},
     ),
+    cpu=({"B": 1, "Q": 1024, "S": 1024, "H": 12, "K": 64},),
     bytes=lambda i: 2 * i["q_BLHK"].nbytes + i["k_BLHK"].nbytes + i["v_BLHK"].nbytes,
     flops=_flops,
     # the weights are rounded to the dtype of v before the second product

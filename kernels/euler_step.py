@@ -66,6 +66,11 @@ def euler_step_reference(x: Tensor, velocity: Tensor, dt: float | Tensor) -> Ten
     return torch.mul(launch.widen(velocity), dt).add_(x).to(x.dtype)
 
 
+def eager_euler_step(x: Tensor, velocity: Tensor, dt: float | Tensor) -> Tensor:
+    """As diffusers runs it."""
+    return (x.float() + dt * velocity).to(x.dtype)
+
+
 def _inputs(device: str, dtype: torch.dtype, N: tuple[int, ...], dt_on: str) -> Inputs:
     dt = -0.0371 if dt_on == "host" else torch.full((), -0.0371, device=device)
     return {"x": noise(N, dtype, device), "velocity": noise(N, dtype, device, 1), "dt": dt}
@@ -77,6 +82,7 @@ OP = Op(
     replaces="mul, add",
     launch=euler_step,
     reference=euler_step_reference,
+    eager=eager_euler_step,
     inputs=_inputs,
     tiny=(
         {"N": (1,), "dt_on": 'host'},
@@ -88,5 +94,6 @@ OP = Op(
         {"N": (1, 4096, 64), "dt_on": 'host'},
         {"N": (1, 16, 21, 60, 104), "dt_on": 'device'},
     ),
+    cpu=({"N": (1, 4096, 64), "dt_on": "host"},),
     bytes=lambda i: 3 * i["x"].nbytes,
 )

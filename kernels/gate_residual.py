@@ -75,6 +75,11 @@ def gate_residual_reference(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Te
     return gated.add_(x_BLD).to(x_BLD.dtype)
 
 
+def eager_gate_residual(x_BLD: Tensor, y_BLD: Tensor, gate_BD: Tensor) -> Tensor:
+    """As diffusers runs it."""
+    return x_BLD + gate_BD.unsqueeze(1) * y_BLD
+
+
 def _inputs(device: str, dtype: torch.dtype, B: int, L: int, D: int) -> Inputs:
     longer, wider = poisoned((B, L + 2, D), dtype, device), poisoned((B, L, 2 * D), dtype, device)
     gates = poisoned((B, 3 * D), dtype, device)
@@ -91,6 +96,7 @@ OP = Op(
     replaces="mul, add",
     launch=gate_residual,
     reference=gate_residual_reference,
+    eager=eager_gate_residual,
     inputs=_inputs,
     tiny=(
         {"B": 1, "L": 1, "D": 64},
@@ -101,5 +107,6 @@ OP = Op(
         {"B": 1, "L": 4608, "D": 3072},
         {"B": 2, "L": 8192, "D": 5120},
     ),
+    cpu=({"B": 1, "L": 1024, "D": 768},),
     bytes=lambda i: 3 * i["x_BLD"].nbytes + i["gate_BD"].nbytes,
 )

@@ -8,6 +8,7 @@ concatenated.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -66,6 +67,11 @@ def gelu_tanh_reference(x_MD: Tensor, out: Tensor) -> Tensor:
     return torch.ops.aten.gelu.out(x_MD, approximate="tanh", out=out)
 
 
+def eager_gelu_tanh(x_MD: Tensor, out: Tensor) -> Tensor:
+    """As diffusers runs it."""
+    return out.copy_(F.gelu(x_MD, approximate="tanh"))
+
+
 def _inputs(device: str, dtype: torch.dtype, B: int, L: int, D: int) -> Inputs:
     # four standard deviations: both tails as well as the bend around zero
     x_BLD = noise((B, L, D), dtype, device) * 4
@@ -81,6 +87,7 @@ OP = Op(
     replaces="gelu, cat",
     launch=gelu_tanh,
     reference=gelu_tanh_reference,
+    eager=eager_gelu_tanh,
     inputs=_inputs,
     tiny=(
         {"B": 1, "L": 1, "D": 64},
@@ -91,5 +98,6 @@ OP = Op(
         {"B": 1, "L": 4096, "D": 12288},
         {"B": 2, "L": 8192, "D": 13824},
     ),
+    cpu=({"B": 1, "L": 1024, "D": 3072},),
     bytes=lambda i: 2 * i["x_MD"].nbytes,
 )

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
 from importlib import resources
 from typing import Any, Literal
 
@@ -25,13 +27,14 @@ FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 
 
 def runs_triton(impl: Impl, x: Tensor) -> bool:
-    """auto: Triton for CUDA tensors, the PyTorch reference for all others.
+    """auto: Triton for CUDA tensors, and for shape-only ones ("meta"), which stand for them in counts and compile
+    checks; the PyTorch reference for all others.
 
     Raises:
         ValueError: an unknown `impl`, or "triton" for CPU tensors outside Triton's interpreter.
     """
     if impl == "auto":
-        return x.is_cuda
+        return x.is_cuda or x.is_meta
     if impl == "torch":
         return False
     if impl != "triton":
@@ -55,31 +58,59 @@ def widen(x: Tensor) -> Tensor:
 
 # -- tiles ------------------------------------------------------------------------
 
+Tile = dict[str, Any]
+"""Constexprs, launch options and, where an op has several kernels, the `form` to take."""
 
-def tile(op: str, **size: int) -> dict[str, int]:
-    """Constexprs and launch options for `op`: the first row of its table whose `at_most` holds `size`.
+_forced: ContextVar[Mapping[str, Tile]] = ContextVar("forced tiles", default=types.MappingProxyType({}))
+
+
+def tile(op: str, **size: int) -> Tile:
+    """The tile for `op`: the first row of its table whose `at_most` and `at_least` hold `size`.
 
     Tables are `tuned/<architecture>.json`; nothing is timed at run time, so a request always runs
     the same code.
     """
+    if (tile := _forced.get().get(op)) is not None:
+        return dict(tile)
     return tile_row(architecture(), op, **size)[1]
 
 
-def tile_row(arch: str, op: str, **size: int) -> tuple[int, dict[str, int]]:
-    """The number of the row `tile` would pick on `arch`, and its values."""
+@contextmanager
+def forced_tile(op: str, tile: Tile) -> Iterator[None]:
+    """Inside the `with`, `op` runs with this tile whatever its table says: for tuning and for tests."""
+    token = _forced.set({**_forced.get(), op: tile})
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def tile_row(arch: str, op: str, **size: int) -> tuple[int, Tile]:
+    """The number of the row `tile` would pick on `arch`, and its values.
+
+    Raises:
+        ValueError: no row holds the size.
+    """
     for number, row in enumerate(tile_table(arch)[op]):
-        if all(size[name] <= limit for name, limit in row.get("at_most", {}).items()):
+        if all(size[name] <= limit for name, limit in row.get("at_most", {}).items()) and all(
+            size[name] >= limit for name, limit in row.get("at_least", {}).items()
+        ):
             return number, dict(row["tile"])
     raise ValueError(f"{op}: no tile for {size} in tuned/{arch}.json")
 
 
 @functools.cache
 def tile_table(arch: str) -> Mapping[str, list[dict[str, Any]]]:
-    """Rows of tiles by op. `arch` is sm_80, sm_89, sm_90, sm_100 or interpreter."""
-    file = resources.files(__package__).joinpath("tuned", f"{arch}.json")
-    table: dict[str, Any] = json.loads(file.read_text())
+    """Rows of tiles by op. `arch` is sm_80, sm_89, sm_90, sm_100 or interpreter.
+
+    Where a Triton version needs other tiles, `<arch>.triton-<minor>.json` holds the ops that differ.
+    """
+    tuned = resources.files(__package__).joinpath("tuned")
+    table: dict[str, Any] = json.loads(tuned.joinpath(f"{arch}.json").read_text())
     ops: dict[str, list[dict[str, Any]]] = table["ops"]
-    return ops
+    minor = ".".join(triton.__version__.split(".")[:2])
+    special = tuned.joinpath(f"{arch}.triton-{minor}.json")
+    return {**ops, **json.loads(special.read_text())["ops"]} if special.is_file() else ops
 
 
 def architecture() -> str:

@@ -88,6 +88,11 @@ def norm_modulate_reference(
     return (rows[0][None] if len(rows) == 1 else torch.stack(rows)).to(x_BLD.dtype)
 
 
+def eager_norm_modulate(x_BLD: Tensor, scale_BD: Tensor, shift_BD: Tensor) -> Tensor:
+    """As diffusers runs it."""
+    return F.layer_norm(x_BLD, x_BLD.shape[-1:], eps=1e-6) * (1 + scale_BD[:, None]) + shift_BD[:, None]
+
+
 def _inputs(device: str, dtype: torch.dtype, B: int, L: int, D: int) -> Inputs:
     wide, narrow = poisoned((B, 6 * D), dtype, device), poisoned((B, 2 * D), dtype, device)
     longer = poisoned((B, L + 2, D), dtype, device)
@@ -104,6 +109,7 @@ OP = Op(
     replaces="layer_norm, add, mul, add",
     launch=norm_modulate,
     reference=norm_modulate_reference,
+    eager=eager_norm_modulate,
     inputs=_inputs,
     tiny=(
         {"B": 1, "L": 1, "D": 64},
@@ -115,5 +121,6 @@ OP = Op(
         {"B": 1, "L": 4608, "D": 3072},
         {"B": 1, "L": 8192, "D": 5120},
     ),
+    cpu=({"B": 1, "L": 1024, "D": 768},),
     bytes=lambda i: 2 * i["x_BLD"].nbytes + i["scale_BD"].nbytes + i["shift_BD"].nbytes,
 )

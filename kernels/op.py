@@ -14,12 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sgl_diffusion.kernels.launch import Impl
+from sgl_diffusion.kernels.launch import FLOAT_DTYPES, Impl
 
 Inputs = dict[str, Any]
 Size = dict[str, Any]
-# relative L2 error against float64: a few roundings in fp32, one of the result in half precision
-TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3e-3, torch.float16: 4e-4}
+Result = Tensor | tuple[Tensor, ...] | None
+# largest relative L2 error of a result against float64, by the result's dtype: a few roundings in fp32, one of the
+# result in half precision and fp8, and in int8 a quantum here and there, where a tie falls to the other side
+TOLERANCE = {
+    torch.float32: 1e-6,
+    torch.bfloat16: 3e-3,
+    torch.float16: 4e-4,
+    torch.float8_e4m3fn: 4e-2,
+    torch.int8: 2e-3,
+}
 
 
 @dataclass(frozen=True)
@@ -46,39 +54,68 @@ class Op:
         formula, replaces: what it computes, and the PyTorch launches it stands for, for the docs.
         launch: the public launcher; takes the keyword arguments `inputs` makes, and `impl`.
         reference: the same in plain PyTorch; what CPU tensors run. In float64 if the inputs are.
+        eager: the sequence of PyTorch operations diffusers runs for it, over the same arguments.
         inputs: (device, dtype, **size) -> keyword arguments; "meta" tensors are fine.
         tiny: awkward sizes for tests, within reach of the interpreter.
         production: sizes of real models, for benchmarks and AOT checks; together they use every tile.
+        cpu: sizes for the benchmark of the reference: out of the caches, within reach of one core.
         bytes: memory traffic of one call if everything is read and written once.
         flops: floating point operations of one call if tensor cores do the work, else None.
-        written: arguments the launcher writes instead of returning a tensor.
-        tolerance: largest relative L2 error per dtype.
+        written: arguments the launcher writes instead of, or besides, returning tensors.
+        dtypes: of the inputs, in tests.
+        tolerance: largest relative L2 error of a result, by its dtype.
+        narrow_loads: why kernels of this op may load half-precision data in words under 8 bytes; empty
+            where every load of data is promised to be wide, which the AOT check then demands.
     """
 
     name: str
     formula: str
     replaces: str
-    launch: Callable[..., Tensor | None]
-    reference: Callable[..., Tensor | None]
+    launch: Callable[..., Result]
+    reference: Callable[..., Result]
+    eager: Callable[..., object]
     inputs: Callable[..., Inputs]
     tiny: tuple[Size, ...]
     production: tuple[Size, ...]
+    cpu: tuple[Size, ...]
     bytes: Callable[[Inputs], int]
     flops: Callable[[Inputs], int] | None = None
     written: tuple[str, ...] = ()
+    dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
+    narrow_loads: str = ""
 
     def cases(self, sizes: tuple[Size, ...]) -> Iterator[Case]:
         """Every size in every dtype."""
         for size in sizes:
-            for dtype in self.tolerance:
+            for dtype in self.dtypes:
                 yield Case(self, size, dtype)
 
     def run(self, inputs: Inputs, impl: Impl = "auto") -> tuple[Tensor, ...]:
         """All results of one call, also those written into arguments."""
-        result = self.launch(**inputs, impl=impl)
-        results = [] if result is None else [result]
+        return self._results(self.launch(**inputs, impl=impl), inputs)
+
+    def exact(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The reference's results in float64. Arguments that are written are copies: `inputs` stay."""
+        wide = {name: in_float64(value) for name, value in inputs.items()}
+        return self._results(self.reference(**wide), wide)
+
+    def _results(self, returned: Result, inputs: Inputs) -> tuple[Tensor, ...]:
+        results = () if returned is None else (returned,) if isinstance(returned, Tensor) else returned
         return (*results, *(inputs[name] for name in self.written))
+
+    def error(self, got: Tensor, want: Tensor) -> tuple[float, float]:
+        """Relative L2 error of a result, and the largest allowed."""
+        return rel_l2(got, want), self.tolerance[got.dtype]
+
+
+def in_float64(value: Any) -> Any:
+    """Float tensors, also inside sequences, as float64 copies; everything else as it is."""
+    if isinstance(value, Tensor):
+        return value.double() if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(in_float64(v) for v in value)
+    return value
 
 
 def rel_l2(got: Tensor, want: Tensor) -> float:

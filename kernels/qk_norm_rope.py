@@ -136,6 +136,22 @@ def _pairs(x: Tensor) -> Tensor:
     return torch.view_as_complex(x.unflatten(-1, (-1, 2)))
 
 
+def eager_qk_norm_rope(
+    qkv_BL3HK: Tensor, q_weight_K: Tensor, k_weight_K: Tensor, cos_LP: Tensor, sin_LP: Tensor,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
+) -> None:  # fmt: skip
+    """As diffusers runs it."""
+    cos, sin = (table.repeat_interleave(2, dim=-1)[:, None] for table in (cos_LP, sin_LP))
+    q, k, v = qkv_BL3HK.unbind(2)
+    for x, weight, out in ((q, q_weight_K, q_BLHK), (k, k_weight_K, k_BLHK)):
+        variance = x.float().pow(2).mean(-1, keepdim=True)
+        x = (x * torch.rsqrt(variance + 1e-6)).to(weight.dtype) * weight
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+        out.copy_((x.float() * cos + turned.float() * sin).to(x.dtype))
+    v_BLHK.copy_(v)
+
+
 def _inputs(device: str, dtype: torch.dtype, B: int, L: int, H: int, K: int) -> Inputs:
     projection = poisoned((B, L, 7 * H * K), dtype, device)
     qkv = inside(projection, noise((B, L, 3 * H * K), dtype, device), slice(0, 3 * H * K))
@@ -159,6 +175,7 @@ OP = Op(
     replaces="2 rms_norm, 2 rotary embeddings (8 launches each), 3 copies or concatenations",
     launch=qk_norm_rope,
     reference=qk_norm_rope_reference,
+    eager=eager_qk_norm_rope,
     inputs=_inputs,
     tiny=(
         {"B": 1, "L": 1, "H": 1, "K": 16},
@@ -173,5 +190,6 @@ OP = Op(
         {"B": 1, "L": 512, "H": 8, "K": 96},
     ),
     written=("q_BLHK", "k_BLHK", "v_BLHK"),
+    cpu=({"B": 1, "L": 1024, "H": 12, "K": 64},),
     bytes=lambda i: 2 * i["qkv_BL3HK"].nbytes + i["cos_LP"].nbytes + i["sin_LP"].nbytes,
 )

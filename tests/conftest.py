@@ -1,7 +1,7 @@
 """Without an NVIDIA GPU, kernels run in Triton's interpreter, which is chosen before Triton is imported."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -25,3 +25,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
         return path
 
     return folder
+
+
+@pytest.fixture
+def repaired_interpreter() -> Iterator[None]:
+    """Triton's interpreter, right about bf16 and fp8."""
+    import interpreter
+
+    with interpreter.repaired_interpreter():
+        yield
+
+
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """`torch.empty` gives NaN, so that an element a kernel does not write is seen."""
+    import torch
+
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)

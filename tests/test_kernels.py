@@ -6,7 +6,7 @@ Without a GPU the kernels run in Triton's interpreter on tiny sizes; with one, c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter import repaired_interpreter
+from kernel_checks import DEVICE, cases, check
 from torch import Tensor
 
 from sgl_diffusion.kernels.attention import attention
@@ -28,21 +28,7 @@ from sgl_diffusion.kernels.norm_modulate import norm_modulate
 from sgl_diffusion.kernels.op import Case, rel_l2
 from sgl_diffusion.kernels.qk_norm_rope import qk_norm_rope
 
-DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
-
-
-@pytest.fixture(autouse=True)
-def repaired() -> Iterator[None]:
-    with repaired_interpreter():
-        yield
-
-
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """`torch.empty` gives NaN, so that an element a kernel does not write is seen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+pytestmark = pytest.mark.usefixtures("repaired_interpreter", "poisoned_memory")
 
 
 # -- the formulas, as plainly as they can be written ------------------------------
@@ -98,32 +84,11 @@ FORMULAS: dict[str, Callable[..., Tensor | tuple[Tensor, ...]]] = {name: globals
 
 # -- every op, from the catalog ---------------------------------------------------
 
-TINY = [case for op in OPS.values() for case in op.cases(op.tiny)]
-PRODUCTION = [case for op in OPS.values() for case in op.cases(op.production)] if DEVICE == "cuda" else []
 
-
-def check(case: Case, impl: str, device: str) -> None:
-    op, inputs = case.op, case.inputs(device)
-    wide = {n: x.double() if isinstance(x, Tensor) else x for n, x in inputs.items()}
-    want = FORMULAS[op.name](**wide)
-    got = op.run(inputs, impl)
-    for g, w in zip(got, want if isinstance(want, tuple) else (want,), strict=True):
-        assert g.shape == w.shape
-        assert g.dtype == case.dtype
-        error = rel_l2(g, w)
-        assert error <= op.tolerance[case.dtype], f"{op.name} {case}: rel_l2 {error:.2e}"
-
-
-@pytest.mark.parametrize("case", TINY, ids=lambda c: f"{c.op.name}-{c}")
+@pytest.mark.parametrize("case", cases([*OPS.values()]), ids=lambda c: f"{c.op.name}-{c}")
 @pytest.mark.parametrize("impl", ["triton", "torch"])
-def test_matches_the_formula(case: Case, impl: str, poisoned_memory: None) -> None:
-    check(case, impl, DEVICE)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("case", PRODUCTION, ids=lambda c: f"{c.op.name}-{c}")
-def test_matches_the_formula_at_production_sizes(case: Case) -> None:
-    check(case, "triton", "cuda")
+def test_matches_the_formula(case: Case, impl: Any) -> None:
+    check(case, impl, FORMULAS[case.op.name])
 
 
 @pytest.mark.parametrize("op", OPS.values(), ids=lambda op: op.name)
