@@ -1,9 +1,7 @@
-"""Compiles every kernel for GPUs that are not here, and rejects code that would run badly or not at all.
-
-    python -m sgl_diffusion.bench.aot [--arch sm_90] [--op attention] [--json report.json]
+"""`sglang bench aot`: compiles every kernel for GPUs that are not here, and rejects what would run badly or not at all.
 
 Each launcher of the catalog runs on shape-only ("meta") tensors of production sizes, while Triton believes it is on the
-target and stops after compiling: what is inspected is exactly what a launch there would use. Exit code 1 on a problem.
+target and stops after compiling: what is inspected is exactly what a launch there would use.
 """
 
 from __future__ import annotations
@@ -14,86 +12,55 @@ import io
 import json
 import re
 import subprocess
-import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
+from unittest import mock
 
 import torch
 import triton
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
+from sgl_diffusion.bench.absent import GPUS, Gpu, absent
+from sgl_diffusion.bench.tables import noted_rows
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.kernels.op import Case, Op
+from sgl_diffusion.runtime.errors import UserError
 
-DTYPES = (
-    torch.bfloat16,
-    torch.float32,
-)  # fp16 compiles to the same code as bf16 but for one letter
+DTYPES = (torch.bfloat16, torch.float32)  # fp16 compiles to the same code as bf16 but for one letter
 TENSOR_MEMORY_COLUMNS = 512  # of an sm_100 SM
 REGISTERS = 65536  # of an SM, on every architecture here
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """What an architecture can hold (CUDA programming guide, "Technical Specifications per Compute Capability")."""
-
-    capability: int
-    shared_per_block: int
-    shared_per_sm: int
-    warps_per_sm: int
-    blocks_per_sm: int
-    tensor_core: str  # the instruction a half-precision product becomes
-
-
-GPUS = {
-    "sm_80": Gpu(80, 166912, 167936, 64, 32, "HMMA"),
-    "sm_89": Gpu(89, 101376, 102400, 48, 24, "HMMA"),
-    "sm_90": Gpu(90, 232448, 233472, 64, 32, "HGMMA"),
-    "sm_100": Gpu(100, 232448, 233472, 64, 32, "UTCHMMA"),
-}
+NARROW_SCALARS = 4  # single values a program may read in words of 2 bytes: a weight, a bias
 
 
 @dataclass
 class Row:
-    """One compiled kernel. Memory in bytes; `local` is per thread and means spilled registers."""
+    """One compiled kernel.
+
+    Memory in bytes; `stack` and `spills` are per thread. `loads` counts load instructions by bits of a word, those of
+    the bulk copy engine as "TMA". `skipped` says why a case does not run on the architecture.
+    """
 
     arch: str
     op: str
     case: str
-    kernel: str
-    tile: str
-    registers: int
-    local: int
-    shared: int
-    warps: int
-    occupancy: float
-    tensor_core: str
+    kernel: str = ""
+    tile: str = ""
+    registers: int = 0
+    stack: int = 0
+    spills: int = 0
+    shared: int = 0
+    warps: int = 0
+    occupancy: float = 0.0
+    tensor_core: str = ""
+    loads: str = ""
+    skipped: str = ""
     problems: list[str] = field(default_factory=list)
-
-
-class Absent:
-    """Stands in for the driver of an absent GPU; each architecture is a device with a code cache of its own."""
-
-    def __init__(self, capability: int) -> None:
-        self.capability = capability
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
 
 
 @dataclass
@@ -103,11 +70,14 @@ class Compiled:
     log: str  # of the assembler
 
 
-def compile_case(case: Case, gpu: Gpu) -> tuple[list[Compiled], set[int]]:
-    """Runs a launcher on `gpu`, so to speak: kernels not compiled before, and the rows of the tile table it used."""
-    run, tile_row = JITFunction.run, launch.tile_row
+def compile_case(case: Case, gpu: Gpu) -> tuple[list[Compiled], dict[int, launch.Tile]]:
+    """Runs a launcher on `gpu`, so to speak: kernels not compiled before, and the rows of the tile table it used.
+
+    Raises:
+        launch.Unsupported: the launcher refuses the case on this architecture.
+    """
+    run = JITFunction.run
     compiled: list[Compiled] = []
-    tiles: set[int] = set()
 
     def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> None:
         with contextlib.redirect_stdout(io.StringIO()) as log:
@@ -115,60 +85,84 @@ def compile_case(case: Case, gpu: Gpu) -> tuple[list[Compiled], set[int]]:
         if log.getvalue():  # a kernel from the cache has nothing to say
             compiled.append(Compiled(self.__name__, code, log.getvalue()))
 
-    def noted_tile_row(arch: str, op: str, **size: int) -> tuple[int, dict[str, int]]:
-        number, values = tile_row(arch, op, **size)
-        tiles.add(number)
-        return number, values
-
-    triton.runtime.driver.set_active(Absent(gpu.capability))
-    JITFunction.run, launch.tile_row = compile_instead, noted_tile_row
-    try:
-        with knobs.nvidia.scope(), knobs.compilation.scope():
-            knobs.nvidia.dump_ptxas_log = True
-            knobs.compilation.always_compile = True  # the log comes with a fresh compile only
-            case.op.run(case.inputs("meta"), "triton")
-    finally:
-        JITFunction.run, launch.tile_row = run, tile_row
-    return compiled, tiles
+    with (
+        absent(gpu),
+        mock.patch.object(JITFunction, "run", compile_instead),
+        noted_rows(case.op.name) as rows,
+        knobs.nvidia.scope(),
+        knobs.compilation.scope(),
+    ):
+        knobs.nvidia.dump_ptxas_log = True
+        knobs.compilation.always_compile = True  # the log comes with a fresh compile only
+        case.op.run(case.inputs("meta"), "triton")
+    return compiled, rows
 
 
 # -- inspection -------------------------------------------------------------------
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
-def inspect(arch: str, case: Case, compiled: Compiled, allowed_local: int = 0) -> Row:
+def inspect(arch: str, case: Case, compiled: Compiled, form: str, allowed_local: int) -> Row:
     """Resources of a kernel and what is wrong with it. `allowed_local` bytes may spill, if its tile says so."""
     gpu, code = GPUS[arch], compiled.code
-    registers, local, sass = _disassemble(code.asm["cubin"])
-    instructions = set(_INSTRUCTION.findall(sass))
+    registers, stack, sass = _disassemble(code.asm["cubin"])
+    instructions = Counter(_INSTRUCTION.findall(sass))
+    names = {name.partition(".")[0] for name in instructions}
+    loads, stores = _widths(instructions, ("LDG", "LDGSTS")), _widths(instructions, ("STG",))
     shared, warps = code.metadata.shared, code.metadata.num_warps
     blocks = _blocks_per_sm(gpu, registers, shared, warps)
     row = Row(
-        arch, case.op.name, str(case), compiled.kernel, _tile_of(code), registers, local, shared, warps,
+        arch, case.op.name, str(case), compiled.kernel, _tile_of(code), registers, stack,
+        max((int(a) + int(b) for a, b in _SPILLS.findall(compiled.log)), default=0), shared, warps,
         occupancy=blocks * warps / gpu.warps_per_sm,
-        tensor_core=" ".join(sorted(i for i in instructions if i.endswith("MMA"))),
+        tensor_core=" ".join(sorted(name for name in names if name.endswith("MMA"))),
+        loads=" ".join(f"{width}:{count}" for width, count in loads.items()),
     )  # fmt: skip
-    if local > allowed_local:
-        row.problems.append(f"spills: {local} bytes of local memory a thread, {allowed_local} allowed")
+    problem = row.problems.append
+    if max(stack, row.spills) > allowed_local:
+        problem(f"spills: {stack} bytes of stack, {row.spills} bytes moved a thread, {allowed_local} allowed")
     if shared > gpu.shared_per_block:
-        row.problems.append(f"shared memory {shared} is above {gpu.shared_per_block}")
+        problem(f"shared memory {shared} is above {gpu.shared_per_block}")
     elif blocks < 1:
-        row.problems.append("no block fits an SM")
-    if (getattr(code.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY_COLUMNS:
-        row.problems.append(f"tensor memory {code.metadata.tmem_size} columns is above {TENSOR_MEMORY_COLUMNS}")
-    if not {"STG", "UTMASTG"} & instructions:
-        row.problems.append("empty: nothing is stored")
+        problem("no block fits an SM")
+    if (columns := getattr(code.metadata, "tmem_size", 0) or 0) > TENSOR_MEMORY_COLUMNS:
+        problem(f"tensor memory {columns} columns is above {TENSOR_MEMORY_COLUMNS}")
+    if not stores:
+        problem("empty: nothing is stored")
     if "serialized" in compiled.log:
-        row.problems.append("the assembler serialised wgmma")
-    half_product = case.op.flops is not None and case.dtype in launch.HALF_DTYPES
-    if half_product and gpu.tensor_core not in instructions:
-        row.problems.append(f"no {gpu.tensor_core} instruction")
+        problem("the assembler serialised wgmma")
+    half = case.dtype in launch.HALF_DTYPES
+    if case.op.flops is not None and half and gpu.tensor_core not in names:
+        problem(f"no {gpu.tensor_core} instruction")
+    if form in ("tma", "ws") and "TMA" not in loads:
+        problem(f"form {form} without the bulk copy engine")
+    if form == "ws" and "USETMAXREG" not in names:
+        problem("form ws without warp specialisation")
+    if half and not case.op.narrow_loads:
+        if not {"TMA", "128", "64"} & set(loads) or loads.get("16", 0) > NARROW_SCALARS:
+            problem(f"narrow loads: {row.loads} by bits")
+        if stores.get("16", 0) > NARROW_SCALARS:
+            problem(f"narrow stores: {stores['16']} of 16 bits")
     return row
 
 
+def _widths(instructions: Counter[str], kinds: tuple[str, ...]) -> dict[str, int]:
+    """Instructions by bits of a word; the bulk copy engine's as "TMA"."""
+    widths: Counter[str] = Counter()
+    for instruction, count in instructions.items():
+        name, *modifiers = instruction.split(".")
+        if name in kinds:
+            bits = [m.lstrip("US") for m in modifiers if m.lstrip("US") in ("128", "64", "16", "8")]
+            widths[bits[-1] if bits else "32"] += count
+        elif name == f"UTMA{kinds[0]}":
+            widths["TMA"] += count
+    return {width: widths[width] for width in ("TMA", "128", "64", "32", "16", "8") if widths[width]}
+
+
 def _disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """Registers, bytes of local memory and instructions, by the tools in Triton's wheel."""
+    """Registers, bytes of stack and local memory, and instructions, by the tools in Triton's wheel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -205,45 +199,53 @@ def _tile_of(code: CompiledKernel) -> str:
 
 
 def check(arch: str, ops: list[Op]) -> Iterator[Row]:
-    """Compiles the ops at every production size; an extra row names tiles that no size uses."""
+    """Compiles the ops at every production size with the tiles of the table.
+
+    An extra row names tiles that no size uses.
+    """
     for op in ops:
         table = launch.tile_table(arch)[op.name]
         unused = set(range(len(table)))
-        for case in op.cases(op.production):
-            if case.dtype not in DTYPES:
-                continue
-            compiled, tiles = compile_case(case, GPUS[arch])
-            unused -= tiles
-            allowed = max((table[number].get("local_bytes", 0) for number in tiles), default=0)
-            yield from (inspect(arch, case, c, allowed) for c in compiled)
+        for size in op.production:
+            for case in (Case(op, size, dtype) for dtype in op.dtypes if dtype in DTYPES):
+                try:
+                    compiled, rows = compile_case(case, GPUS[arch])
+                except launch.Unsupported as e:
+                    yield Row(arch, op.name, str(case), skipped=str(e))
+                    continue
+                unused -= set(rows)
+                form = next((tile["form"] for tile in rows.values() if "form" in tile), "")
+                allowed = max((table[number].get("local_bytes", 0) for number in rows), default=0)
+                yield from (inspect(arch, case, c, form, allowed) for c in compiled)
         if unused:
-            rows = ", ".join(map(str, sorted(unused)))
-            problem = f"tuned/{arch}.json: no production size uses row {rows}"
-            yield Row(arch, op.name, "", "", "", 0, 0, 0, 0, 0.0, "", [problem])
+            numbers = ", ".join(map(str, sorted(unused)))
+            yield Row(arch, op.name, "", problems=[f"tuned/{arch}.json: no production size uses row {numbers}"])
+
+
+HEADER = f"{'arch':7}{'kernel':26}{'regs':>5}{'stack':>6}{'spills':>7}{'shared':>8}{'warps':>6}{'occ':>5}  "
 
 
 def show(row: Row) -> None:
-    resources = f"{row.registers:4d} {row.local:5d} {row.shared:7d} {row.warps:5d} {row.occupancy:5.0%}"
-    print(
-        f"{row.arch:7}{row.kernel:24}{row.case:32}{resources} {row.tensor_core:14} {row.tile}",
-        flush=True,
-    )
+    if row.kernel:
+        numbers = f"{row.registers:5d}{row.stack:6d}{row.spills:7d}{row.shared:8d}{row.warps:6d}{row.occupancy:5.0%}"
+        kernel = row.kernel.strip("_").removesuffix("_kernel")
+        print(f"{row.arch:7}{kernel:26}{numbers}  {row.tensor_core:8}{row.loads:22} {row.case}  {row.tile}", flush=True)
+    if row.skipped:
+        print(f"{row.arch:7}{row.op:26} {row.case}: does not run here: {row.skipped}")
     for problem in row.problems:
-        print(f"        PROBLEM {row.op}: {problem}", flush=True)
+        print(f"        PROBLEM {row.op} {row.case}: {problem}", flush=True)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m sgl_diffusion.bench.aot", description=(__doc__ or "").split("\n")[0]
-    )
+def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    """Exit code 1 on a problem."""
     parser.add_argument("--arch", action="append", choices=GPUS, help="architecture; may be repeated (default: all)")
     parser.add_argument("--op", action="append", choices=OPS, help="operation; may be repeated (default: all)")
     parser.add_argument("--json", metavar="FILE", help="write the report there as well")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
+        raise UserError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
     print(f"triton {triton.__version__}")
-    print(f"{'arch':7}{'kernel':24}{'case':32} regs local  shared warps   occ {'tensor core':14} tile")
+    print(f"{HEADER}{'mma':8}{'loads by bits':22} case  tile")
     rows = []
     for arch in args.arch or GPUS:
         for row in check(arch, [OPS[name] for name in args.op or OPS]):
@@ -252,14 +254,14 @@ def main() -> int:
     bad = [row for row in rows if row.problems]
     if args.json:
         with open(args.json, "w") as file:
-            json.dump(
-                {"triton": triton.__version__, "rows": [asdict(row) for row in rows]},
-                file,
-                indent=1,
-            )
-    print(f"{len(rows)} kernels, {len(bad)} with problems")
+            json.dump({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}, file, indent=1)
+    print(f"{sum(bool(row.kernel) for row in rows)} kernels, {len(bad)} with problems")
     return 1 if bad else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import sys
+
+    from sgl_diffusion.cli.flags import Parser
+
+    sys.exit(run(Parser(), sys.argv[1:]))

@@ -1,8 +1,7 @@
-"""Times every kernel against the PyTorch operations it replaces, after checking that its answer is right.
+"""`sglang bench kernels`: times every kernel beside what it replaces, after checking that its answers are right.
 
-    python -m sgl_diffusion.bench.kernels [--op attention] [--device cuda|cpu] [--json kernels.json]
-
-On the CPU the launchers run their PyTorch references, at small sizes: the figures say what CPU users get, nothing else.
+On a GPU the launchers run their Triton kernels in bf16 at production sizes. On the CPU they run their PyTorch
+references in fp32 at small sizes: those figures say what CPU users get, nothing about the kernels.
 """
 
 from __future__ import annotations
@@ -10,122 +9,250 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import triton
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from sgl_diffusion.bench.plot import Bar, bars
 from sgl_diffusion.kernels.catalog import OPS
-from sgl_diffusion.kernels.op import Case, Inputs, Op
+from sgl_diffusion.kernels.op import Case, Inputs, Op, rel_l2
+from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.report import commit_hash
 
 CPU_RUNS = 15
+# eager PyTorch rounds after every operation, a fused kernel once
+EAGER_ROUNDINGS = 8
+IMPLEMENTATIONS = {
+    "triton": "our kernels",
+    "torch": "their PyTorch references",
+    "eager": "the sequence of operations diffusers runs",
+    "compile": "that sequence under torch.compile",
+    "cudnn": "cuDNN's attention through PyTorch",
+    "fa": "the flash-attn package",
+}
 
 
 @dataclass(frozen=True)
 class Row:
-    """Medians; `rel_l2` is the error against float64. A wrong answer is not timed."""
+    """One implementation on one case. `us` is a median; a wrong answer, or none, is not timed and says `why`."""
 
     op: str
     case: str
-    rel_l2: float
+    impl: str
+    rel_l2: float | None = None
     us: float | None = None
-    eager_us: float | None = None
+    speedup: float | None = None  # over eager
     gb_per_s: float | None = None
     tflop_per_s: float | None = None
+    of_limit: float | None = None  # share of what this device reached in a copy or a matrix product
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What this device reaches: copying much memory, and multiplying large matrices in the dtype of the run."""
+
+    copy_gb_per_s: float
+    matmul_tflop_per_s: float
+
+
+# -- implementations --------------------------------------------------------------
+
+
+class Refused(Exception):
+    """An implementation does not run a case."""
+
+
+def caller(op: Op, impl: str, inputs: Inputs) -> Callable[[], Any]:
+    """A call of one implementation.
+
+    Raises:
+        Refused: it does not run this op or these arguments.
+    """
+    if impl in ("triton", "torch"):
+        return partial(op.launch, **inputs, impl=impl)
+    if impl == "eager":
+        return partial(op.eager, **inputs)
+    if impl == "compile":
+        return partial(torch.compile(op.eager, dynamic=False), **inputs)
+    if op.name != "attention":
+        raise Refused("for attention only")
+    plain = ("q_BLHK", "k_BLHK", "v_BLHK", "out", "scale")
+    if unusual := [name for name, value in inputs.items() if name not in plain and value not in (None, False)]:
+        raise Refused(f"not timed with {', '.join(unusual)}")
+    q, k, v, out = (inputs[name] for name in ("q_BLHK", "k_BLHK", "v_BLHK", "out"))
+    if impl == "cudnn":
+        return partial(_cudnn, q, k, v, out)
+    if find_spec("flash_attn") is None:
+        raise Refused("the package flash-attn is not installed")
+    return partial(_flash_attn, q, k, v, out)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        heads_first = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    result = heads_first.transpose(1, 2)
+    return result if out is None else out.copy_(result)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    result: Tensor = flash_attn_func(q, k, v)
+    return result if out is None else out.copy_(result)
 
 
 # -- measuring --------------------------------------------------------------------
 
 
-def worst(case: Case, device: str) -> tuple[float, bool]:
+def worst(case: Case, device: str, impl: str = "auto") -> tuple[float, bool]:
     """Largest relative L2 error of a result against the reference in float64, and whether all are within bounds."""
-    inputs = case.inputs(device)
-    exact = case.op.exact(inputs)
-    errors = [case.op.error(g, w) for g, w in zip(case.op.run(inputs), exact, strict=True)]
+    op, inputs = case.op, case.inputs(device)
+    exact = op.exact(inputs)
+    results = op.collect(op.launch(**inputs, impl="auto") if impl == "auto" else caller(op, impl, inputs)(), inputs)
+    slack = 1 if impl in ("auto", "triton", "torch") else EAGER_ROUNDINGS
+    errors = [(rel_l2(got, want), slack * op.tolerance[got.dtype]) for got, want in zip(results, exact, strict=True)]
     return max(e for e, _ in errors), all(e <= limit for e, limit in errors)
 
 
-def median_us(call: Callable[[], object], device: str) -> float:
-    """On a GPU with events, caches flushed between runs; on the CPU by the wall clock."""
+def medians_us(calls: Mapping[str, Callable[[], object]], device: str) -> dict[str, float]:
+    """On a GPU with events, the L2 cache flushed between runs; on the CPU by the wall clock, in turns."""
     if device == "cuda":
-        return 1e3 * float(triton.testing.do_bench(call, return_mode="median"))
-    call()
-    times = []
-    for _ in range(CPU_RUNS):
-        start = time.perf_counter_ns()
-        call()
-        times.append((time.perf_counter_ns() - start) / 1e3)
-    return statistics.median(times)
+        return {name: 1e3 * float(triton.testing.do_bench(call, return_mode="median")) for name, call in calls.items()}
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(CPU_RUNS + 1):
+        for name, call in calls.items():
+            start = time.perf_counter_ns()
+            call()
+            if turn:  # the first is a warm-up
+                times[name].append((time.perf_counter_ns() - start) / 1e3)
+    return {name: statistics.median(t) for name, t in times.items()}
 
 
-def measure(case: Case, device: str) -> Row:
-    op = case.op
-    wrong, right = worst(case, device)
-    if not right:
-        return Row(op.name, str(case), wrong)
-    inputs: Inputs = case.inputs(device)
-    us = median_us(lambda: op.run(inputs), device)
-    eager_us = median_us(lambda: op.eager(**inputs), device)
-    return Row(
-        op.name, str(case), wrong, us, eager_us,
-        gb_per_s=op.bytes(inputs) / us / 1e3,
-        tflop_per_s=op.flops(inputs) / us / 1e6 if op.flops else None,
-    )  # fmt: skip
+def limits(device: str) -> Limits:
+    """Measured, so that shares hold for this very device, its clock and its neighbours."""
+    gpu = device == "cuda"
+    source = torch.empty(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
+    target, n = torch.empty_like(source), 8192 if gpu else 1024
+    matrix = torch.randn(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
+    us = medians_us({"copy": lambda: target.copy_(source), "matmul": lambda: matrix @ matrix}, device)
+    return Limits(2 * source.nbytes / us["copy"] / 1e3, 2 * n**3 / us["matmul"] / 1e6)
 
 
-def run(ops: list[Op], device: str) -> Iterator[Row]:
+def measure(case: Case, impls: Sequence[str], device: str, limit: Limits) -> list[Row]:
+    """A row for every implementation."""
+    op, rows, calls = case.op, {}, {}
+    for impl in impls:
+        row = Row(op.name, str(case), impl)
+        try:
+            wrong, right = worst(case, device, impl)
+            rows[impl] = replace(row, rel_l2=wrong, why="" if right else "WRONG ANSWER, not timed")
+            if right:
+                calls[impl] = caller(op, impl, case.inputs(device))
+        except Refused as e:
+            rows[impl] = replace(row, why=str(e))
+    inputs = case.inputs("meta")
+    for impl, us in medians_us(calls, device).items():
+        gb, tflop = op.bytes(inputs) / us / 1e3, op.flops(inputs) / us / 1e6 if op.flops else None
+        share = gb / limit.copy_gb_per_s if tflop is None else tflop / limit.matmul_tflop_per_s
+        rows[impl] = replace(rows[impl], us=us, gb_per_s=gb, tflop_per_s=tflop, of_limit=share)
+    eager_us = rows["eager"].us
+    return [
+        row if row.us is None or eager_us is None else replace(row, speedup=eager_us / row.us) for row in rows.values()
+    ]
+
+
+def measure_all(ops: Sequence[Op], impls: Sequence[str], device: str, limit: Limits) -> Iterator[Row]:
     """fp32 on the CPU; bf16 at production sizes on a GPU."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
     for op in ops:
-        sizes = op.production if device == "cuda" else op.cpu
-        dtype = torch.bfloat16 if device == "cuda" else torch.float32
-        for size in sizes:
-            yield measure(Case(op, size, dtype), device)
+        for size in op.production if device == "cuda" else op.cpu:
+            yield from measure(Case(op, size, dtype), impls, device, limit)
+
+
+# -- report -----------------------------------------------------------------------
 
 
 def show(row: Row) -> None:
-    if row.us is None or row.eager_us is None:
-        print(f"{row.op:16}{row.case:44} WRONG ANSWER, not timed: rel_l2 {row.rel_l2:.1e}", flush=True)
+    start = f"{row.op:20}{row.impl:9}"
+    if row.us is None:
+        print(f"{start}{row.why:>48}  {row.case}", flush=True)
         return
-    rate = f"{row.gb_per_s:8.0f} GB/s" if row.tflop_per_s is None else f"{row.tflop_per_s:8.2f} TFLOP/s"
-    times = f"{row.us:10.1f} us {row.eager_us:10.1f} us {row.eager_us / row.us:6.2f}x"
-    print(f"{row.op:16}{row.case:44}{times} {rate:16} rel_l2 {row.rel_l2:.1e}", flush=True)
+    rate = f"{row.gb_per_s:8.0f} GB/s  " if row.tflop_per_s is None else f"{row.tflop_per_s:8.2f} TFLOP/s"
+    speedup = "" if row.speedup is None else f"{row.speedup:6.2f}x"
+    print(f"{start}{row.us:10.1f} us{speedup:>8} {rate}{row.of_limit:6.0%}  {row.rel_l2:.1e}  {row.case}", flush=True)
 
 
 def machine(device: str) -> dict[str, Any]:
     """What the figures hold for."""
     name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "triton": triton.__version__}
+    return {"device": name, "torch": torch.__version__, "triton": triton.__version__, "commit": commit_hash()}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m sgl_diffusion.bench.kernels", description=(__doc__ or "").split("\n")[0]
-    )
+def plot(path: Path, rows: list[Row], title: str) -> None:
+    """Shares of the device's limit as bars, a group for every case."""
+    shown = [row for row in rows if row.of_limit is not None]
+    path.write_text(bars(title, [Bar(f"{r.op} {r.case}", r.impl, r.of_limit or 0.0) for r in shown]))
+
+
+def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    """Exit code 1 if an answer is wrong."""
+    known = "; ".join(f"{name}: {what}" for name, what in IMPLEMENTATIONS.items())
     parser.add_argument("--op", action="append", choices=OPS, help="operation; may be repeated (default: all)")
+    parser.add_argument("--impl", metavar="A,B", help=f"to time beside eager, of {known} (default: all that run here)")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there is one")
-    parser.add_argument("--json", metavar="FILE", help="write the figures there as well")
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw shares of the device's limits, as .svg")
+    args = parser.parse_args(argv)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: PyTorch sees no CUDA device")
-    about = machine(device)
+        raise UserError("device=cuda: PyTorch sees no CUDA device")
+    if args.plot and args.plot.suffix != ".svg":
+        raise UserError(f"plot={args.plot}: expected a name ending in .svg")
+    impls = _implementations(args.impl, device)
+    about, limit = machine(device), limits(device)
     print(" | ".join(f"{key} {value}" for key, value in about.items()))
+    print(f"limits: copy {limit.copy_gb_per_s:.0f} GB/s, matrix product {limit.matmul_tflop_per_s:.2f} TFLOP/s")
     if device == "cpu":
-        print("CPU: the launchers run their PyTorch references; this says nothing about the Triton kernels")
-    print(f"{'op':16}{'case':44}{'ours':>13} {'eager':>13}")
+        print("CPU: our launchers run their PyTorch references; this says nothing about the Triton kernels")
+    print(f"{'op':20}{'impl':9}{'median':>13} {'eager/':>7} {'rate':>13}{'limit':>8}  rel_l2   case")
     rows = []
-    for row in run([OPS[name] for name in args.op or OPS], device):
+    for row in measure_all([OPS[name] for name in args.op or OPS], impls, device, limit):
         show(row)
         rows.append(row)
     if args.json:
-        with open(args.json, "w") as file:
-            json.dump({**about, "rows": [asdict(row) for row in rows]}, file, indent=1)
-    return 1 if any(row.us is None for row in rows) else 0
+        report = {**about, "limits": asdict(limit), "rows": [asdict(row) for row in rows]}
+        args.json.write_text(json.dumps(report, indent=1))
+    if args.plot:
+        plot(args.plot, rows, f"{about['device']}, torch {about['torch']}, triton {about['triton']}")
+    return 1 if any(row.rel_l2 is not None and row.us is None for row in rows) else 0
+
+
+def _implementations(asked: str | None, device: str) -> list[str]:
+    """eager first, as what the others are compared with."""
+    here = ["triton", "compile", "cudnn", "fa"] if device == "cuda" else ["torch"]
+    impls = here if asked is None else asked.split(",")
+    for impl in impls:
+        if impl not in IMPLEMENTATIONS:
+            raise UserError(f"impl={impl}: expected {', '.join(IMPLEMENTATIONS)}")
+        if device == "cpu" and impl in ("triton", "cudnn", "fa"):
+            raise UserError(f"impl={impl}: needs a CUDA device")
+    return ["eager", *(impl for impl in impls if impl != "eager")]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    import sys
+
+    from sgl_diffusion.cli.flags import Parser
+
+    sys.exit(run(Parser(), sys.argv[1:]))

@@ -15,6 +15,7 @@ COMMANDS = {
     "generate": "draw pictures or videos from a prompt",
     "verify": "compare the native pipeline with diffusers on a checkpoint, stage by stage",
     "perf": "show and compare reports of runs",
+    "bench": "check, count, time and tune the kernels",
     "version": "print the version",
 }
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130

@@ -1,6 +1,7 @@
-"""out = softmax(q k^T * scale) v over all keys, per head, in fp32 with a running maximum.
+"""out = softmax(q k^T * scale) v over the keys a query may see, per head, in fp32 with a running maximum.
 
-Shapes: q_BQHK, k_BSHK, v_BSHK -> out_BQHK. The launcher writes L for both lengths; they may differ.
+Shapes: q_BQHK, k_BSGK, v_BSGK -> out_BQHK and, if asked for, lse_BHQ = log(sum(exp(q k^T * scale))). The launcher
+writes L for both lengths; they may differ. G divides H: each head of k and v serves H / G consecutive heads of q.
 Why: the score matrix never leaves the chip (Dao 2023, FlashAttention-2), and the result goes into a
 slice of the output projection's input, so that [attention, MLP] is never concatenated.
 """
@@ -8,121 +9,215 @@ slice of the output projection's input, so that [attention, MLP] is never concat
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sgl_diffusion.kernels import launch
+from sgl_diffusion.kernels.attention_forms import pointer_kernel, tma_kernel, two_tiles_kernel, ws_kernel
 from sgl_diffusion.kernels.op import Inputs, Op, inside, noise, poisoned
 
-# B batch  Q query tokens  S key tokens  H heads  K head dim
-# of the Triton kernel: a tensor core's depth, and what registers hold
+# B batch  Q query tokens  S key tokens  H heads  G heads of k and v  K head dim
+# of the Triton kernels: a tensor core's depth, and what registers hold
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 128
 
 # fp32 as three tf32 products on tensor cores: as good, and "ieee" spills registers on every tile
 FP32_PRODUCT = "tf32x3"
 
-
-@triton.jit
-def _attend_block(
-    q, acc, row_max, row_sum, k_ptrs, v_ptrs, k_live, v_live, column_live, scale_log2,
-    MASKED: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
-):
-    """One block of keys: scores, running softmax, and the weighted sum of values."""
-    k = tl.load(k_ptrs, mask=k_live, other=0.0) if MASKED or PADDED else tl.load(k_ptrs)
-    scores = tl.dot(q, k, input_precision=PRECISION, out_dtype=tl.float32) * scale_log2
-    if MASKED:
-        scores = tl.where(column_live, scores, -float("inf"))
-    new_max = tl.maximum(row_max, tl.max(scores, axis=1))
-    weights = tl.math.exp2(scores - new_max[:, None])
-    fade = tl.math.exp2(row_max - new_max)
-    row_sum = row_sum * fade + tl.sum(weights, axis=1)
-    v = tl.load(v_ptrs, mask=v_live, other=0.0) if MASKED or PADDED else tl.load(v_ptrs)
-    acc = tl.dot(
-        weights.to(v.dtype), v, acc * fade[:, None],
-        input_precision=PRECISION, out_dtype=tl.float32,
-    )
-    return acc, new_max, row_sum
+Form = Literal["pointer", "tma", "ws", "two_tiles"]
+# what a form needs of `bulk_copies`
+BULK_COPIES: Mapping[Form, int] = {"pointer": 0, "ws": 1, "tma": 2, "two_tiles": 2}
+BULK_ALIGNMENT = 16  # bytes, of addresses and strides
+MAX_BLOCK_S = 128  # keys of a tile
 
 
-@triton.jit
-def _attention_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr,
-    q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h,
-    v_stride_b, v_stride_l, v_stride_h, out_stride_b, out_stride_l, out_stride_h,
-    Q, S, H, K, scale_log2,
-    BLOCK_K: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
-):
-    # 64-bit bases, 32-bit offsets inside a tile: video sequences pass 2^31 elements
-    b = (tl.program_id(1) // H).to(tl.int64)
-    h = (tl.program_id(1) % H).to(tl.int64)
-    first = (tl.program_id(0) * BLOCK_Q).to(tl.int64)
-    r = tl.arange(0, BLOCK_Q)
-    s = tl.arange(0, BLOCK_S)
-    d = tl.arange(0, BLOCK_K)
-    r_live = (r + first < Q)[:, None] & (d < K)[None, :]
-    q = tl.load(
-        q_ptr + b * q_stride_b + first * q_stride_l + h * q_stride_h
-        + r[:, None] * q_stride_l + d[None, :],
-        mask=r_live, other=0.0,
-    )
-    k_ptrs = k_ptr + b * k_stride_b + h * k_stride_h + s[None, :] * k_stride_l + d[:, None]
-    v_ptrs = v_ptr + b * v_stride_b + h * v_stride_h + s[:, None] * v_stride_l + d[None, :]
-    acc = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-    row_max = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
-    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+class Visible(NamedTuple):
+    """Which keys a query sees; everything None or False: all of its sample."""
 
-    whole = S // BLOCK_S * BLOCK_S
-    for _ in tl.range(0, whole, BLOCK_S, num_stages=STAGES):
-        acc, row_max, row_sum = _attend_block(
-            q, acc, row_max, row_sum, k_ptrs, v_ptrs,
-            (d < K)[:, None], (d < K)[None, :], True, scale_log2,
-            MASKED=False, PADDED=PADDED, PRECISION=PRECISION,
-        )
-        k_ptrs += BLOCK_S * k_stride_l
-        v_ptrs += BLOCK_S * v_stride_l
-    if whole < S:
-        s_live = s + whole < S
-        acc, row_max, row_sum = _attend_block(
-            q, acc, row_max, row_sum, k_ptrs, v_ptrs,
-            s_live[None, :] & (d < K)[:, None], s_live[:, None] & (d < K)[None, :], s_live[None, :],
-            scale_log2,
-            MASKED=True, PADDED=PADDED, PRECISION=PRECISION,
-        )
+    causal: bool = False
+    key_mask_BS: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    max_seqlen_q: int | None = None
 
-    out = (
-        out_ptr + b * out_stride_b + first * out_stride_l + h * out_stride_h
-        + r[:, None] * out_stride_l + d[None, :]
-    )
-    tl.store(out, (acc / row_sum[:, None]).to(out_ptr.dtype.element_ty), mask=r_live)
+
+ALL = Visible()
+
+
+# -- the launcher -----------------------------------------------------------------
+
+
+@overload
+def attention(
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = ..., scale: float | None = ...,
+    causal: bool = ..., key_mask_BS: Tensor | None = ..., cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ..., max_seqlen_q: int | None = ..., return_lse: Literal[False] = ...,
+    impl: launch.Impl = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def attention(
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = ..., scale: float | None = ...,
+    causal: bool = ..., key_mask_BS: Tensor | None = ..., cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ..., max_seqlen_q: int | None = ..., return_lse: Literal[True],
+    impl: launch.Impl = ...,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def attention(
     q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
-    *, out: Tensor | None = None, scale: float | None = None, impl: launch.Impl = "auto",
-) -> Tensor:  # fmt: skip
-    """Full (non-causal) attention. Returns `out`, or a new tensor like q.
+    *, out: Tensor | None = None, scale: float | None = None,
+    causal: bool = False, key_mask_BS: Tensor | None = None,
+    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
+    return_lse: bool = False, impl: launch.Impl = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention. Returns `out`, or a new tensor like q; a query that sees no key gets 0.
 
     Args:
         q_BLHK, k_BLHK, v_BLHK: one dtype, any strides but a contiguous last dimension; k and v may
-            be of another length than q.
+            be of another length than q, and have fewer heads, as long as those divide the heads of q.
         out: shape and dtype of q; may be a slice of a wider buffer.
-        scale: of the scores; None is 1 / sqrt(K).
+        scale: of the scores, above 0; None is 1 / sqrt(K).
+        causal: query i sees keys 0..i, also where the lengths differ (the mask's diagonal starts top-left).
+        key_mask_BS: bool, True where a key is seen; for padding.
+        cu_seqlens_q, cu_seqlens_k: for sequences of different lengths packed into one sample, (1, total, H, K):
+            int32, where each begins, and the totals. A query sees the keys of its own sequence.
+        max_seqlen_q: of the packed sequences, at least the longest's length of q; longer ones would be cut.
+        return_lse: returns (out, lse_BHL): the logarithm of each query's softmax sum, in fp32; -inf without keys.
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit; no keys; for Triton, a head
             dim outside 16..128.
     """
-    launch.check_float(q_BLHK, q_BLHK=q_BLHK, k_BLHK=k_BLHK, v_BLHK=v_BLHK)
-    launch.check_ndim(4, q_BLHK=q_BLHK)
+    visible = Visible(causal, key_mask_BS, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
+    _check_tensors(q_BLHK, k_BLHK, v_BLHK, out)
+    _check_visible(q_BLHK, k_BLHK, visible)
     B, Q, H, K = q_BLHK.shape
-    S = k_BLHK.shape[1]
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale={scale}: expected a number above 0")
+    if not launch.runs_triton(impl, q_BLHK):
+        return attention_reference(
+            q_BLHK, k_BLHK, v_BLHK, out=out, scale=scale, return_lse=return_lse, **visible._asdict()
+        )
+    if not MIN_HEAD_DIM <= K <= MAX_HEAD_DIM:
+        raise ValueError(f"q_BLHK: head dim {K}, the kernel takes {MIN_HEAD_DIM}..{MAX_HEAD_DIM}; use impl='torch'")
+    if out is None:
+        out = q_BLHK.new_empty(B, Q, H, K)
+    lse = q_BLHK.new_empty(B, H, Q, dtype=torch.float32) if return_lse else None
+    if q_BLHK.numel():
+        scale_log2 = (K**-0.5 if scale is None else scale) * math.log2(math.e)
+        with launch.on_device(q_BLHK):
+            _launch(q_BLHK, k_BLHK, v_BLHK, out, lse, visible, scale_log2)
+    return out if lse is None else (out, lse)
+
+
+def form_for(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, visible: Visible = ALL) -> tuple[Form, launch.Tile]:
+    """The form a launch takes and its tile, from the table; "pointer" if the table asks for what cannot be done."""
+    block_k = triton.next_power_of_2(q_BLHK.shape[-1])
+    bulk = bulk_copies(q_BLHK, k_BLHK, v_BLHK, visible)
+    tile = launch.tile("attention", head_dim=block_k, itemsize=q_BLHK.element_size(), bulk=bulk)
+    form: Form = tile.pop("form", "pointer")
+    return (form if bulk >= BULK_COPIES[form] else "pointer"), tile
+
+
+def bulk_copies(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, visible: Visible = ALL) -> int:
+    """What the bulk copy engine of sm_90 and later can fetch: 0 nothing, 1 tiles of one head, 2 tiles of a matrix.
+
+    1: every query sees every key of its sample (no mask, not causal, not packed), and addresses and strides are
+    multiples of 16 bytes. 2: besides, q, k and v are each a matrix of tokens by channels of all heads, the head dim is
+    a power of two, and no tile of keys runs from one sample into the next.
+    """
+    tensors = (q_BLHK, k_BLHK, v_BLHK)
+    B, S, _, K = k_BLHK.shape
+    if visible != ALL or not all(map(_aligned, tensors)):
+        return 0
+    whole = B == 1 or S % MAX_BLOCK_S == 0
+    return 2 if whole and triton.next_power_of_2(K) == K and all(map(_is_matrix, tensors)) else 1
+
+
+def _aligned(x_BLHK: Tensor) -> bool:
+    """For the copy engine, at the start of every token, head and sample."""
+    strides = [x_BLHK.stride(1), *(x_BLHK.stride(i) for i in (0, 2) if x_BLHK.shape[i] > 1)]
+    return all(at % BULK_ALIGNMENT == 0 for at in (x_BLHK.data_ptr(), *(s * x_BLHK.element_size() for s in strides)))
+
+
+def _is_matrix(x_BLHK: Tensor) -> bool:
+    """Rows are tokens, evenly apart over all samples, and columns the channels of all heads."""
+    B, L, H, K = x_BLHK.shape
+    evenly = B == 1 or x_BLHK.stride(0) == L * x_BLHK.stride(1)
+    return evenly and (H - 1) * x_BLHK.stride(2) + K <= x_BLHK.stride(1)
+
+
+def _launch(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, visible: Visible, scale_log2: float
+) -> None:
+    form, tile = form_for(q, k, v, visible)
+    (B, Q, H, K), (S, G) = q.shape, k.shape[1:3]
+    lse_strides = (0, 0) if lse is None else lse.stride()[:2]
+    sizes = (Q, S, H, H // G, K, scale_log2)
+    constants: dict[str, Any] = {
+        "BLOCK_K": triton.next_power_of_2(K), "PRECISION": FP32_PRODUCT, "enable_fp_fusion": True, **tile,
+    }  # fmt: skip
+    if form == "pointer":
+        starts_q, starts_k, mask = visible.cu_seqlens_q, visible.cu_seqlens_k, visible.key_mask_BS
+        # fp32, so that keys two by two load in 8 bytes, and a mask costs an addition
+        bias = None if mask is None else torch.where(mask, 0.0, -math.inf).contiguous()
+        if starts_q is not None:
+            B, Q = len(starts_q) - 1, visible.max_seqlen_q or Q
+        pointer_kernel[(triton.cdiv(Q, tile["BLOCK_Q"]), B * H)](
+            q, k, v, out, lse, bias, starts_q, starts_k,
+            *(stride for x in (q, k, v, out) for stride in (x.stride(0) if starts_q is None else 0, *x.stride()[1:3])),
+            *(lse_strides if starts_q is None else (0, lse_strides[1])), *sizes,
+            PADDED=constants["BLOCK_K"] != K, CAUSAL=visible.causal,
+            # a second copy of the loop's body, for the tail alone, spills registers here
+            ONE_LOOP=visible.causal or q.element_size() == 4, **constants,
+        )  # fmt: skip
+        return
+    constants["RAGGED"] = S % tile["BLOCK_S"] != 0
+    if form == "ws":
+        triton.set_allocator(_scratch)
+        ws_kernel[(triton.cdiv(Q, tile["BLOCK_Q"]), B * H)](
+            q, k, v, out, lse, *(stride for x in (q, k, v, out) for stride in x.stride()[:3]), *lse_strides,
+            *sizes, **constants,
+        )  # fmt: skip
+        return
+    kernel, queries = (tma_kernel, 1) if form == "tma" else (two_tiles_kernel, 2)
+    kernel[(triton.cdiv(Q, queries * tile["BLOCK_Q"]), B * H)](
+        _matrix(q, tile["BLOCK_Q"]), _matrix(k, tile["BLOCK_S"]), _matrix(v, tile["BLOCK_S"]), out, lse,
+        q.stride(2), k.stride(2), v.stride(2), *out.stride()[:3], *lse_strides,
+        *sizes, **constants,
+    )  # fmt: skip
+
+
+def _matrix(x_BLHK: Tensor, rows: int) -> TensorDescriptor:
+    """Tiles of `rows` tokens of one head."""
+    B, L, H, K = x_BLHK.shape
+    return TensorDescriptor(x_BLHK, [B * L, (H - 1) * x_BLHK.stride(2) + K], [x_BLHK.stride(1), 1], [rows, K])
+
+
+def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
+    """Memory for descriptors made in a kernel; PyTorch's blocks are aligned well enough."""
+    return torch.empty(size, dtype=torch.int8, device="cuda")
+
+
+# -- arguments --------------------------------------------------------------------
+
+
+def _check_tensors(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None) -> None:
+    launch.check_float(q_BLHK, q_BLHK=q_BLHK, k_BLHK=k_BLHK, v_BLHK=v_BLHK)
+    launch.check_ndim(4, q_BLHK=q_BLHK, k_BLHK=k_BLHK)
+    B, Q, H, K = q_BLHK.shape
+    S, G = k_BLHK.shape[1:3]
     if S == 0:
         raise ValueError(f"k_BLHK: shape {tuple(k_BLHK.shape)}, expected at least one key")
-    launch.check_shape((B, S, H, K), k_BLHK=k_BLHK, v_BLHK=v_BLHK)
+    if G == 0 or H % G:
+        raise ValueError(f"k_BLHK: {G} heads, expected a divisor of the {H} heads of q_BLHK")
+    launch.check_shape((B, S, G, K), k_BLHK=k_BLHK, v_BLHK=v_BLHK)
     launch.check_dtype(q_BLHK.dtype, k_BLHK=k_BLHK, v_BLHK=v_BLHK)
     launch.check_last_dim(q_BLHK=q_BLHK, k_BLHK=k_BLHK, v_BLHK=v_BLHK)
     if out is not None:
@@ -130,57 +225,140 @@ def attention(
         launch.check_shape((B, Q, H, K), out=out)
         launch.check_dtype(q_BLHK.dtype, out=out)
         launch.check_last_dim(out=out)
-    if not launch.runs_triton(impl, q_BLHK):
-        return attention_reference(q_BLHK, k_BLHK, v_BLHK, out=out, scale=scale)
-    if not MIN_HEAD_DIM <= K <= MAX_HEAD_DIM:
-        takes = f"{MIN_HEAD_DIM}..{MAX_HEAD_DIM}"
-        raise ValueError(f"q_BLHK: head dim {K}, the Triton kernel takes {takes}; use impl='torch'")
-    if out is None:
-        out = q_BLHK.new_empty(B, Q, H, K)
-    block_k = triton.next_power_of_2(K)
-    tiles = launch.tile("attention", head_dim=block_k, itemsize=q_BLHK.element_size())
-    with launch.on_device(q_BLHK):
-        _attention_kernel[(triton.cdiv(Q, tiles["BLOCK_Q"]), B * H)](
-            q_BLHK, k_BLHK, v_BLHK, out,
-            *q_BLHK.stride()[:3], *k_BLHK.stride()[:3], *v_BLHK.stride()[:3], *out.stride()[:3],
-            Q, S, H, K, (K**-0.5 if scale is None else scale) * math.log2(math.e),
-            BLOCK_K=block_k, PADDED=block_k != K, PRECISION=FP32_PRODUCT,
-            enable_fp_fusion=True, **tiles,
-        )  # fmt: skip
-    return out
+
+
+def _check_visible(q_BLHK: Tensor, k_BLHK: Tensor, visible: Visible) -> None:
+    _, mask, starts_q, starts_k, longest = visible
+    B, S = k_BLHK.shape[:2]
+    for name, x in {"key_mask_BS": mask, "cu_seqlens_q": starts_q, "cu_seqlens_k": starts_k}.items():
+        if x is not None and x.device != q_BLHK.device:
+            raise ValueError(f"{name}: on {x.device}, the other tensors are on {q_BLHK.device}")
+    if mask is not None:
+        launch.check_dtype(torch.bool, key_mask_BS=mask)
+        launch.check_shape((B, S), key_mask_BS=mask)
+    if starts_q is None or starts_k is None or longest is None:
+        if not (starts_q is None and starts_k is None and longest is None):
+            raise ValueError("cu_seqlens_q, cu_seqlens_k, max_seqlen_q: expected all three, or none")
+        return
+    if mask is not None:
+        raise ValueError("key_mask_BS: expected None beside cu_seqlens_q; leave keys out of the packed sequence")
+    if B != 1:
+        raise ValueError(f"q_BLHK: shape {tuple(q_BLHK.shape)}, expected one sample, (1, total, H, K)")
+    launch.check_ndim(1, cu_seqlens_q=starts_q)
+    launch.check_shape(tuple(starts_q.shape), cu_seqlens_k=starts_k)
+    launch.check_dtype(torch.int32, cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+    launch.check_contiguous(cu_seqlens_q=starts_q, cu_seqlens_k=starts_k)
+    if longest < 1:
+        raise ValueError(f"max_seqlen_q={longest}: expected at least 1")
+    if len(starts_q) < 2:
+        raise ValueError(f"cu_seqlens_q: shape {tuple(starts_q.shape)}, expected one more than there are sequences")
+
+
+# -- in PyTorch -------------------------------------------------------------------
 
 
 def attention_reference(
     q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
-    *, out: Tensor | None = None, scale: float | None = None,
-) -> Tensor:  # fmt: skip
-    """PyTorch's fused attention, which keeps heads before tokens."""
+    *, out: Tensor | None = None, scale: float | None = None, return_lse: bool = False, **visible: Any,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """PyTorch's fused attention, which keeps heads before tokens; log-sums by a second look at the scores."""
+    results, sums = [], []
+    for q, k, v, seen in _sequences(q_BLHK, k_BLHK, v_BLHK, Visible(**visible)):
+        results.append(_attend(q, k, v, scale, seen).transpose(1, 2))
+        if return_lse:
+            sums.append(_log_sums(q, k, scale, seen))
+    result = results[0] if len(results) == 1 else torch.cat(results, 1)
+    out = result if out is None else out.copy_(result)
+    return (out, torch.cat(sums, -1)) if return_lse else out
+
+
+def _sequences(
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, visible: Visible
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Visible]]:
+    """q, k and v with heads before tokens, all at once or, if packed, sequence by sequence."""
     q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
-    result = F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-    return result if out is None else out.copy_(result)
+    if visible.cu_seqlens_q is None or visible.cu_seqlens_k is None:
+        yield q, k, v, visible
+        return
+    starts_q, starts_k = visible.cu_seqlens_q.tolist(), visible.cu_seqlens_k.tolist()
+    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
+        yield q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], Visible(visible.causal)
 
 
-def eager_attention(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor) -> Tensor:
-    """As diffusers runs it."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
-    return out.copy_(F.scaled_dot_product_attention(q, k, v).transpose(1, 2))
+def _attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, scale: float | None, visible: Visible) -> Tensor:
+    alone = visible.key_mask_BS is None
+    return F.scaled_dot_product_attention(
+        q_BHLK, k_BHLK, v_BHLK, scale=scale, enable_gqa=q_BHLK.shape[1] != k_BHLK.shape[1],
+        is_causal=visible.causal and alone, attn_mask=None if alone else _mask(q_BHLK, k_BHLK, visible),
+    )  # fmt: skip
 
 
-def _inputs(device: str, dtype: torch.dtype, B: int, Q: int, S: int, H: int, K: int) -> Inputs:
-    longer, wider = poisoned((B, S + 3, H, K), dtype, device), poisoned((B, S, H, 2 * K), dtype, device)
-    return {
+def _mask(q_BHLK: Tensor, k_BHLK: Tensor, visible: Visible) -> Tensor:
+    """True where a query sees a key; broadcasts to (B, H, Q, S)."""
+    Q, S = q_BHLK.shape[2], k_BHLK.shape[2]
+    mask = torch.ones(1, 1, 1, S, dtype=torch.bool, device=q_BHLK.device)
+    if visible.causal:
+        mask = mask.expand(1, 1, Q, S).tril()
+    return mask if visible.key_mask_BS is None else mask & visible.key_mask_BS[:, None, None, :]
+
+
+def _log_sums(q_BHLK: Tensor, k_BHLK: Tensor, scale: float | None, visible: Visible) -> Tensor:
+    q, k = launch.widen(q_BHLK), launch.widen(k_BHLK)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return scores.masked_fill_(~_mask(q, k, visible), -math.inf).logsumexp(-1)
+
+
+def eager_attention(
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor, return_lse: bool = False, **visible: Any
+) -> Tensor:
+    """As diffusers runs it: shared heads repeated, packed sequences one by one, and never a log-sum."""
+    results = []
+    for q, k, v, seen in _sequences(q_BLHK, k_BLHK, v_BLHK, Visible(**visible)):
+        shared = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
+        results.append(_attend(q, k, v, None, seen).transpose(1, 2))
+    return out.copy_(results[0] if len(results) == 1 else torch.cat(results, 1))
+
+
+# -- cases ------------------------------------------------------------------------
+
+
+def _inputs(
+    device: str, dtype: torch.dtype, B: int, Q: int, S: int, H: int, K: int, G: int | None = None,
+    masked: bool = False, packed: tuple[tuple[int, ...], ...] = (), **options: bool,
+) -> Inputs:  # fmt: skip
+    """G: heads of k and v, by default H. packed: lengths of the sequences in q and in k."""
+    G = G or H
+    longer, wider = poisoned((B, S + 3, G, K), dtype, device), poisoned((B, S, G, 2 * K), dtype, device)
+    inputs: Inputs = {
         "q_BLHK": noise((B, Q, H, K), dtype, device),
-        "k_BLHK": inside(
-            longer, noise((B, S, H, K), dtype, device, 1), slice(0, S), slice(None), slice(None)
-        ),
-        "v_BLHK": inside(wider, noise((B, S, H, K), dtype, device, 2), slice(0, K)),
+        "k_BLHK": inside(longer, noise((B, S, G, K), dtype, device, 1), slice(0, S), slice(None), slice(None)),
+        "v_BLHK": inside(wider, noise((B, S, G, K), dtype, device, 2), slice(0, K)),
         "out": poisoned((B, Q, 5 * H * K), dtype, device)[..., : H * K].unflatten(-1, (H, K)),
+        **options,
     }
+    if masked:
+        mask = noise((B, S), torch.float32, device, 3) > -0.5
+        mask[:, 0] = True
+        inputs["key_mask_BS"] = mask
+    if packed:
+        starts = [torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in packed]
+        inputs |= {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "max_seqlen_q": max(packed[0])}
+    return inputs
 
 
 def _flops(i: Inputs) -> int:
-    B, Q, H, K = i["q_BLHK"].shape
-    return 4 * B * H * Q * i["k_BLHK"].shape[1] * K
+    """Two products over every pair of a query and a key it sees, masked keys included."""
+    H, K = i["q_BLHK"].shape[2:]
+    lengths = [(i["q_BLHK"].shape[1], i["k_BLHK"].shape[1])] * len(i["q_BLHK"])
+    if "cu_seqlens_q" in i:
+        lengths = list(zip(*(i[name].diff().tolist() for name in ("cu_seqlens_q", "cu_seqlens_k")), strict=True))
+    pairs = 0
+    for Q, S in lengths:
+        above_diagonal = min(Q, S) * (2 * S - min(Q, S) - 1) // 2
+        pairs += Q * S - (above_diagonal if i.get("causal") else 0)
+    return 4 * H * K * pairs
 
 
 OP = Op(
@@ -196,12 +374,23 @@ OP = Op(
         {"B": 2, "Q": 20, "S": 20, "H": 2, "K": 64},
         {"B": 1, "Q": 17, "S": 40, "H": 1, "K": 48},
         {"B": 1, "Q": 33, "S": 32, "H": 1, "K": 128},
+        {"B": 2, "Q": 17, "S": 40, "H": 4, "G": 2, "K": 16, "return_lse": True},
+        {"B": 1, "Q": 40, "S": 33, "H": 2, "K": 16, "causal": True, "return_lse": True},
+        {"B": 2, "Q": 17, "S": 40, "H": 1, "K": 96, "masked": True, "return_lse": True},
+        {"B": 2, "Q": 20, "S": 17, "H": 1, "K": 16, "masked": True, "causal": True},
+        {"B": 1, "Q": 41, "S": 59, "H": 2, "G": 1, "K": 16, "packed": ((17, 1, 23), (40, 18, 1)), "return_lse": True},
+        {"B": 1, "Q": 37, "S": 37, "H": 1, "K": 32, "packed": ((20, 17), (20, 17)), "causal": True},
     ),
     production=(
         {"B": 1, "Q": 4608, "S": 4608, "H": 24, "K": 128},
         {"B": 1, "Q": 4096, "S": 4096, "H": 24, "K": 64},
         {"B": 2, "Q": 4096, "S": 512, "H": 12, "K": 128},
         {"B": 1, "Q": 1000, "S": 1000, "H": 8, "K": 80},
+        {"B": 1, "Q": 8190, "S": 8190, "H": 10, "K": 128, "return_lse": True},
+        {"B": 2, "Q": 512, "S": 512, "H": 32, "G": 8, "K": 128, "masked": True, "causal": True},
+        {"B": 2, "Q": 4224, "S": 4224, "H": 24, "K": 128, "masked": True},
+        {"B": 1, "Q": 8448, "S": 8448, "H": 24, "K": 128, "packed": ((4160, 4288), (4160, 4288))},
+        {"B": 2, "Q": 77, "S": 77, "H": 12, "K": 64, "causal": True},
     ),
     cpu=({"B": 1, "Q": 1024, "S": 1024, "H": 12, "K": 64},),
     bytes=lambda i: 2 * i["q_BLHK"].nbytes + i["k_BLHK"].nbytes + i["v_BLHK"].nbytes,

@@ -5,26 +5,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from sgl_diffusion.kernels import (
+    activation,
     attention,
-    euler_step,
-    gate_residual,
-    gelu,
+    channel_norm,
+    collective,
+    embedding,
+    gemm,
     group_norm,
-    norm_modulate,
+    layout,
+    linear_combination,
+    modulation,
+    norm,
     qk_norm_rope,
+    quantize,
+    residual,
+    rope,
+    sampler,
 )
 from sgl_diffusion.kernels.op import Op
 
 OPS: Mapping[str, Op] = {
     op.name: op
     for op in (
-        norm_modulate.OP,
-        gate_residual.OP,
+        norm.OP,
+        residual.RESIDUAL_NORM,
+        residual.GATE_RESIDUAL,
+        quantize.OP,
         qk_norm_rope.OP,
-        gelu.OP,
+        rope.OP,
         attention.OP,
+        gemm.OP,
+        activation.OP,
+        modulation.OP,
+        embedding.TIMESTEP_EMBEDDING,
+        embedding.PATCHIFY,
+        embedding.UNPATCHIFY,
+        sampler.OP,
+        linear_combination.OP,
         group_norm.OP,
-        euler_step.OP,
+        channel_norm.OP,
+        layout.UPSAMPLE_NEAREST,
+        layout.CAUSAL_PAD,
+        collective.SPLIT_OP,
+        collective.JOIN_OP,
+        collective.MERGE_OP,
     )
 }
 

@@ -23,6 +23,10 @@ HALF_DTYPES = (torch.bfloat16, torch.float16)
 FLOAT_DTYPES = (torch.float32, *HALF_DTYPES)
 
 
+class Unsupported(ValueError):
+    """The arguments are right, but this GPU cannot run them: fp8 before sm_89."""
+
+
 # -- which implementation, where --------------------------------------------------
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 AttentionFn = Callable[..., Tensor]
 """`attention(q_BLHK, k_BLHK, v_BLHK, *, out=None) -> out_BLHK`; the runtime chooses the backend behind it."""
 
-Predict = Callable[[Tensor, float], Tensor]
-"""`predict(x, sigma) -> velocity`, all in the shape of the state x; sigma runs from 1 (noise) to 0."""
+Predict = Callable[[Tensor, int], Tensor]
+"""`predict(x, step) -> velocity`, both in the shape of the state x, which stands at the step's sigma."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,18 @@ class Family(Protocol):
     def noise(self, size: Size, generators: Sequence[torch.Generator]) -> Tensor:
         """The initial state x, one generator a picture, so that a picture does not depend on its neighbours."""
 
-    def predictor(self, condition: Condition, size: Size, guidance: Guidance) -> Predict: ...
+    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predict:
+        """`sigmas` run from 1 (noise) to 0, one more than there are steps. Does what a request needs once."""
+
+    @classmethod
+    def example(cls, configs: Mapping[str, Mapping[str, Any]]) -> Condition:
+        """Zeros in the shapes of one prompt's condition at default length, on the current device."""
+
+    @classmethod
+    def diffusers_inputs(
+        cls, configs: Mapping[str, Mapping[str, Any]], condition: Condition, size: Size
+    ) -> Mapping[str, Any]:
+        """What diffusers' denoiser takes for one call, of zeros on the current device."""
 
     def decode(self, x: Tensor, size: Size) -> Tensor:
         """State -> pictures (B, 3, H, W) in [-1, 1]."""

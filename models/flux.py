@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sgl_diffusion.kernels.gate_residual import gate_residual
-from sgl_diffusion.kernels.gelu import gelu_tanh
-from sgl_diffusion.kernels.norm_modulate import norm_modulate
-from sgl_diffusion.kernels.qk_norm_rope import qk_norm_rope
+from sgl_diffusion.kernels.modulation import modulation
+from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.models.config import demand, read_config
 from sgl_diffusion.models.family import (
     AttentionFn,
@@ -28,11 +25,12 @@ from sgl_diffusion.models.family import (
     Preset,
     Size,
 )
-from sgl_diffusion.models.layers import RMSNormWeight, TimestepEmbedding, rotary_table, sinusoid
+from sgl_diffusion.models.layers import Linear, Residual, RMSNormWeight, TimestepEmbedding, rotary_table, sinusoid
 from sgl_diffusion.models.text import clip_pooled, t5_hidden
 from sgl_diffusion.models.vae_kl import AutoencoderKL, VaeConfig
 
-# B batch  T text tokens  I image tokens  L = T + I  H heads  K head dim  D = H * K width  P = K / 2 rotary pairs
+# B batch  T text tokens  I image tokens  L = T + I  R = B * L rows  H heads  K head dim  D = H * K width
+# P = K / 2 rotary pairs  S steps  N blocks  G groups of rows with one modulation
 MLP_RATIO = 4
 TIMESTEPS = 1000  # the transformer sees sigma in thousandths
 ROPE_THETA = 10_000.0
@@ -69,37 +67,43 @@ class Rotary:
     cos: Tensor
     sin: Tensor
 
-    def part(self, rows: slice) -> tuple[Tensor, Tensor]:
-        return self.cos[rows], self.sin[rows]
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens of a batch stand in the residual stream of the double blocks: all text, then all image.
+
+    Each stream of tokens is a contiguous run of rows, so that its linear layers read and write it in place. `group_R`
+    names every row's modulation: those of the text stream by sample, then those of the image stream.
+    """
+
+    batch: int
+    text: int
+    image: int
+    group_R: Tensor
+
+    @classmethod
+    def of(cls, batch: int, text: int, image: int, device: torch.device) -> Rows:
+        groups = torch.arange(2 * batch, dtype=torch.int32)
+        tokens = torch.tensor([text, image]).repeat_interleave(batch)
+        return cls(batch, text, image, groups.repeat_interleave(tokens).to(device))
+
+    def split(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Views (B, T, D) and (B, I, D)."""
+        first = self.batch * self.text
+        return x_RD[:first].view(self.batch, self.text, -1), x_RD[first:].view(self.batch, self.image, -1)
+
+    def join(self, x_RD: Tensor) -> Tensor:
+        """(B, L, D), text first in every sample; a view where there is one sample."""
+        return x_RD[None] if self.batch == 1 else torch.cat(self.split(x_RD), dim=1)
 
 
-class JointQKV:
-    """Q, K and V of the joint sequence (B, L, H, K): each stream writes its own rows, so nothing is concatenated."""
+@dataclass(frozen=True)
+class Modulation:
+    """Vectors of one step: shift, scale and gate of every half block; for the double blocks of text, then of image."""
 
-    def __init__(self, like: Tensor, length: int, heads: int, head_dim: int) -> None:
-        shape = (3, like.shape[0], length, heads, head_dim)
-        self.q, self.k, self.v = torch.empty(shape, dtype=like.dtype, device=like.device)
-
-    def write(self, rows: slice, qkv: Tensor, q_norm: RMSNormWeight, k_norm: RMSNormWeight, rotary: Rotary) -> None:
-        """Normalises, rotates and places a stream's packed projection (B, rows, 3 * D)."""
-        B, n = qkv.shape[:2]
-        cos, sin = rotary.part(rows)
-        qk_norm_rope(
-            qkv.view(B, n, 3, *self.q.shape[2:]), q_norm.weight, k_norm.weight, cos, sin,
-            self.q[:, rows], self.k[:, rows], self.v[:, rows],
-        )  # fmt: skip
-
-
-class Modulation(nn.Module):
-    """`AdaLayerNormZero`: SiLU and a linear layer give (shift, scale, gate) sets of width D."""
-
-    def __init__(self, width: int, parts: int) -> None:
-        super().__init__()
-        self.linear = nn.Linear(width, parts * width)
-        self.parts = parts
-
-    def forward(self, embedding_BD: Tensor) -> tuple[Tensor, ...]:
-        return self.linear(F.silu(embedding_BD)).chunk(self.parts, dim=-1)
+    double_N6GD: Tensor  # G = 2 B groups of rows
+    single_N3BD: Tensor
+    out_2BD: Tensor  # scale, shift
 
 
 class FeedForward(nn.Module):
@@ -107,13 +111,12 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        up, down = nn.Linear(width, MLP_RATIO * width), nn.Linear(MLP_RATIO * width, width)
+        up, down = Linear(width, MLP_RATIO * width), Linear(MLP_RATIO * width, width)
         self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, out: Tensor) -> None:
         up, down = cast(nn.ModuleDict, self.net[0]), self.net[2]
-        hidden = up["proj"](x)
-        return down(gelu_tanh(hidden, out=hidden))
+        down(up["proj"](x, gelu_from=0), out=out)
 
 
 class DoubleAttention(nn.Module):
@@ -127,57 +130,53 @@ class DoubleAttention(nn.Module):
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         D, K = config.width, config.attention_head_dim
-        self.to_qkv, self.add_qkv_proj = nn.Linear(D, 3 * D), nn.Linear(D, 3 * D)
+        self.to_qkv, self.add_qkv_proj = Linear(D, 3 * D), Linear(D, 3 * D)
         self.norm_q, self.norm_k = RMSNormWeight(K), RMSNormWeight(K)
         self.norm_added_q, self.norm_added_k = RMSNormWeight(K), RMSNormWeight(K)
-        self.to_out = nn.ModuleList([nn.Linear(D, D)])
-        self.to_add_out = nn.Linear(D, D)
+        self.to_out = nn.ModuleList([Linear(D, D)])
+        self.to_add_out = Linear(D, D)
 
 
 class DoubleBlock(nn.Module):
+    """Text and image with weights of their own; every pass that treats rows alike runs over both at once."""
+
     def __init__(self, config: FluxConfig, attention: AttentionFn) -> None:
         super().__init__()
-        D = config.width
-        self.heads, self.head_dim, self.attention = (
-            config.num_attention_heads,
-            config.attention_head_dim,
-            attention,
-        )
-        self.norm1, self.norm1_context = Modulation(D, 6), Modulation(D, 6)
+        self.head_shape = (config.num_attention_heads, config.attention_head_dim)
+        self.attention = attention
         self.attn = DoubleAttention(config)
-        self.ff, self.ff_context = FeedForward(D), FeedForward(D)
+        self.ff, self.ff_context = FeedForward(config.width), FeedForward(config.width)
 
-    def forward(
-        self, image_BID: Tensor, text_BTD: Tensor, embedding_BD: Tensor, rotary: Rotary
-    ) -> tuple[Tensor, Tensor]:
-        i_shift, i_scale, i_gate, i_shift2, i_scale2, i_gate2 = self.norm1(embedding_BD)
-        t_shift, t_scale, t_gate, t_shift2, t_scale2, t_gate2 = self.norm1_context(embedding_BD)
-        T, L = text_BTD.shape[1], text_BTD.shape[1] + image_BID.shape[1]
-        text_rows, image_rows = slice(0, T), slice(T, L)
+    def forward(self, stream: Residual, rows: Rows, modulation_6GD: Tensor, rotary: Rotary) -> None:
+        shift, scale, gate, shift2, scale2, gate2 = modulation_6GD
+        text, image = rows.split(stream.norm(scale, shift, rows.group_R))
+        branch = torch.empty_like(stream.x)
+        text_out, image_out = rows.split(branch)
 
-        a = self.attn
-        joint = JointQKV(image_BID, L, self.heads, self.head_dim)
-        joint.write(
-            text_rows,
-            a.add_qkv_proj(norm_modulate(text_BTD, t_scale, t_shift)),
-            a.norm_added_q,
-            a.norm_added_k,
-            rotary,
-        )
-        joint.write(
-            image_rows,
-            a.to_qkv(norm_modulate(image_BID, i_scale, i_shift)),
-            a.norm_q,
-            a.norm_k,
-            rotary,
-        )
-        mixed_BLD = self.attention(joint.q, joint.k, joint.v).flatten(2)
+        mixed_BLD, a = self.mix(text, image, rotary), self.attn
+        a.to_add_out(mixed_BLD[:, : rows.text], out=text_out)
+        a.to_out[0](mixed_BLD[:, rows.text :], out=image_out)
+        stream.add(branch, gate)
 
-        image_BID = gate_residual(image_BID, a.to_out[0](mixed_BLD[:, image_rows]), i_gate)
-        text_BTD = gate_residual(text_BTD, a.to_add_out(mixed_BLD[:, text_rows]), t_gate)
-        image_BID = gate_residual(image_BID, self.ff(norm_modulate(image_BID, i_scale2, i_shift2)), i_gate2)
-        text_BTD = gate_residual(text_BTD, self.ff_context(norm_modulate(text_BTD, t_scale2, t_shift2)), t_gate2)
-        return image_BID, _clip_half(text_BTD)
+        text, image = rows.split(stream.norm(scale2, shift2, rows.group_R))
+        branch = torch.empty_like(stream.x)
+        text_out, image_out = rows.split(branch)
+        self.ff_context(text, text_out)
+        self.ff(image, image_out)
+        stream.add(branch, gate2)
+
+    def mix(self, text: Tensor, image: Tensor, rotary: Rotary) -> Tensor:
+        """Joint attention, (B, L, D); both streams write their rows of one Q, K and V, so nothing is concatenated."""
+        a, B, L = self.attn, text.shape[0], text.shape[1] + image.shape[1]
+        text_qkv = a.add_qkv_proj(text).unflatten(-1, (3, *self.head_shape))
+        image_qkv = a.to_qkv(image).unflatten(-1, (3, *self.head_shape))
+        q, k, v = torch.empty((3, B, L, *self.head_shape), dtype=text.dtype, device=text.device)
+        streams = [
+            Stream(text_qkv, a.norm_added_q.weight, a.norm_added_k.weight),
+            Stream(image_qkv, a.norm_q.weight, a.norm_k.weight),
+        ]
+        qk_norm_rope(streams, rotary.cos, rotary.sin, q, k, v)
+        return self.attention(q, k, v).flatten(2)
 
 
 class SingleAttention(nn.Module):
@@ -185,7 +184,7 @@ class SingleAttention(nn.Module):
 
     def __init__(self, width: int, head_dim: int) -> None:
         super().__init__()
-        self.to_qkv_mlp = nn.Linear(width, (3 + MLP_RATIO) * width)
+        self.to_qkv_mlp = Linear(width, (3 + MLP_RATIO) * width)
         self.norm_q, self.norm_k = RMSNormWeight(head_dim), RMSNormWeight(head_dim)
 
 
@@ -197,28 +196,21 @@ class SingleBlock(nn.Module):
     def __init__(self, config: FluxConfig, attention: AttentionFn) -> None:
         super().__init__()
         D, K = config.width, config.attention_head_dim
-        self.heads, self.head_dim, self.attention = config.num_attention_heads, K, attention
-        self.norm = Modulation(D, 3)
+        self.head_shape, self.attention = (config.num_attention_heads, K), attention
         self.attn = SingleAttention(D, K)
-        self.proj_out = nn.Linear((1 + MLP_RATIO) * D, D)
+        self.proj_out = Linear((1 + MLP_RATIO) * D, D)
 
-    def forward(self, joint_BLD: Tensor, embedding_BD: Tensor, rotary: Rotary) -> Tensor:
-        shift, scale, gate = self.norm(embedding_BD)
-        B, L, D = joint_BLD.shape
-        projected = self.attn.to_qkv_mlp(norm_modulate(joint_BLD, scale, shift))
-        qkv, mlp = projected[..., : 3 * D], projected[..., 3 * D :]
-
-        joint = JointQKV(joint_BLD, L, self.heads, self.head_dim)
-        joint.write(slice(0, L), qkv, self.attn.norm_q, self.attn.norm_k, rotary)
-        mixed = joint_BLD.new_empty(B, L, (1 + MLP_RATIO) * D)
-        self.attention(joint.q, joint.k, joint.v, out=mixed[..., :D].view(B, L, self.heads, self.head_dim))
-        gelu_tanh(mlp, out=mixed[..., D:])
-        return _clip_half(gate_residual(joint_BLD, self.proj_out(mixed), gate))
-
-
-def _clip_half(x: Tensor) -> Tensor:
-    """fp16 activations saturate instead of overflowing, as in diffusers."""
-    return x.clip(-65504, 65504) if x.dtype == torch.float16 else x
+    def forward(self, stream: Residual, modulation_3BD: Tensor, rotary: Rotary) -> None:
+        shift, scale, gate = modulation_3BD
+        normed_BLD, a = stream.norm(scale, shift), self.attn
+        B, L, D = normed_BLD.shape
+        mixed = normed_BLD.new_empty(B, L, (1 + MLP_RATIO) * D)
+        qkv, _ = a.to_qkv_mlp(normed_BLD, gelu_from=3 * D, tail=mixed[..., D:])
+        qkv = qkv.unflatten(-1, (3, *self.head_shape))
+        q, k, v = qkv.unbind(2)
+        qk_norm_rope([Stream(qkv, a.norm_q.weight, a.norm_k.weight)], rotary.cos, rotary.sin, q, k, None)
+        self.attention(q, k, v, out=mixed[..., :D].unflatten(-1, self.head_shape))
+        stream.add(self.proj_out(mixed), gate)
 
 
 class TimeTextEmbedding(nn.Module):
@@ -232,11 +224,12 @@ class TimeTextEmbedding(nn.Module):
             self.guidance_embedder = TimestepEmbedding(256, D)
         self.text_embedder = TimestepEmbedding(config.pooled_projection_dim, D)
 
-    def forward(self, t_B: Tensor, guidance_B: Tensor | None, pooled_BC: Tensor) -> Tensor:
-        embedding = self.timestep_embedder(sinusoid(t_B).to(pooled_BC.dtype))
-        if guidance_B is not None:
-            embedding = embedding + self.guidance_embedder(sinusoid(guidance_B).to(pooled_BC.dtype))
-        return embedding + self.text_embedder(pooled_BC)
+    def forward(self, t_S: Tensor, guidance: Tensor | None, pooled_BC: Tensor) -> Tensor:
+        """(S, B, D) for every step and sample."""
+        embedding = self.timestep_embedder(sinusoid(t_S).to(pooled_BC.dtype))
+        if guidance is not None:
+            embedding = embedding + self.guidance_embedder(sinusoid(guidance).to(pooled_BC.dtype))
+        return embedding[:, None] + self.text_embedder(pooled_BC)
 
 
 class FluxTransformer(nn.Module):
@@ -247,14 +240,21 @@ class FluxTransformer(nn.Module):
         demand(config, patch_size=1)
         D, self.config = config.width, config
         self.time_text_embed = TimeTextEmbedding(config)
-        self.context_embedder = nn.Linear(config.joint_attention_dim, D)
-        self.x_embedder = nn.Linear(config.in_channels, D)
+        self.context_embedder = Linear(config.joint_attention_dim, D)
+        self.x_embedder = Linear(config.in_channels, D)
         self.transformer_blocks = nn.ModuleList(DoubleBlock(config, attention) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(config, attention) for _ in range(config.num_single_layers)
         )
-        self.norm_out = Modulation(D, 2)
-        self.proj_out = nn.Linear(D, config.out_channels or config.in_channels)
+        # every block's modulation layer, in one: their vectors for all steps of a request are computed before the first
+        parts: dict[str, int] = {}
+        for i in range(config.num_layers):
+            parts |= {f"transformer_blocks.{i}.norm1_context.linear": 6, f"transformer_blocks.{i}.norm1.linear": 6}
+        parts |= {f"single_transformer_blocks.{i}.norm.linear": 3 for i in range(config.num_single_layers)}
+        parts |= {"norm_out.linear": 2}
+        self.packed = {"modulation": parts}
+        self.modulation = nn.Linear(D, sum(parts.values()) * D)
+        self.proj_out = Linear(D, config.out_channels or config.in_channels)
 
     def rotary(self, text_tokens: int, rows: int, columns: int, device: torch.device) -> Rotary:
         """Three axes: text tokens stand at (0, 0, 0), image tokens at (0, row, column)."""
@@ -266,27 +266,31 @@ class FluxTransformer(nn.Module):
         cos, sin = (torch.cat(t, dim=-1).to(device) for t in zip(*tables, strict=True))
         return Rotary(cos, sin)
 
-    def forward(
-        self,
-        x_BIC: Tensor,
-        t_B: Tensor,
-        guidance_B: Tensor | None,
-        text_BTC: Tensor,
-        pooled_BC: Tensor,
-        rotary: Rotary,
-    ) -> Tensor:
-        """Velocity (B, I, C) at time t and embedded guidance, both in thousandths and in the dtype of x."""
-        image = self.x_embedder(x_BIC)
-        text = self.context_embedder(text_BTC)
-        embedding = self.time_text_embed(t_B, guidance_B, pooled_BC)
-        for block in self.transformer_blocks:
-            image, text = block(image, text, embedding, rotary)
-        T = text.shape[1]
-        joint = torch.cat([text, image], dim=1)
-        for block in self.single_transformer_blocks:
-            joint = block(joint, embedding, rotary)
-        scale, shift = self.norm_out(embedding)
-        return self.proj_out(norm_modulate(joint[:, T:], scale, shift))
+    def modulate(self, t_S: Tensor, guidance: Tensor | None, pooled_BC: Tensor) -> list[Modulation]:
+        """The vectors of every step, by one pass over their weights.
+
+        Args:
+            t_S, guidance: in thousandths and in the model's dtype; guidance of one element, or None.
+        """
+        embedding_SBD = self.time_text_embed(t_S, guidance, pooled_BC)
+        S, B, D = embedding_SBD.shape
+        y = modulation(embedding_SBD.flatten(0, 1), self.modulation.weight, self.modulation.bias).view(S, B, -1, D)
+        doubles, singles = 12 * self.config.num_layers, 3 * self.config.num_single_layers
+        double, single, out = y.split([doubles, singles, 2], dim=2)
+        double_SN6GD = double.unflatten(2, (-1, 2, 6)).permute(0, 2, 4, 3, 1, 5).flatten(3, 4)
+        single_SN3BD = single.unflatten(2, (-1, 3)).permute(0, 2, 3, 1, 4)
+        return [Modulation(*step) for step in zip(double_SN6GD, single_SN3BD, out.transpose(1, 2), strict=True)]
+
+    def forward(self, x_BIC: Tensor, context_BTD: Tensor, rows: Rows, modulation: Modulation, rotary: Rotary) -> Tensor:
+        """Velocity (B, I, C) from the state and the embedded text."""
+        stream = Residual(torch.cat([context_BTD.flatten(0, 1), self.x_embedder(x_BIC).flatten(0, 1)]))
+        for block, vectors_6GD in zip(self.transformer_blocks, modulation.double_N6GD, strict=True):
+            block(stream, rows, vectors_6GD, rotary)
+        stream = Residual(rows.join(stream.total(rows.group_R)))
+        for block, vectors_3BD in zip(self.single_transformer_blocks, modulation.single_N3BD, strict=True):
+            block(stream, vectors_3BD, rotary)
+        scale, shift = modulation.out_2BD
+        return self.proj_out(stream.after(rows.text).norm(scale, shift))
 
 
 # -- pipeline -------------------------------------------------------------------
@@ -363,6 +367,36 @@ class Flux1:
             }
         )
 
+    @classmethod
+    def example(cls, configs: Mapping[str, Mapping[str, Any]]) -> Condition:
+        transformer, tokens = configs["transformer"], cls.defaults(configs).max_sequence_length
+        return Condition(
+            {
+                "pooled_projections": torch.zeros(1, transformer["pooled_projection_dim"], dtype=torch.bfloat16),
+                "encoder_hidden_states": torch.zeros(
+                    1, tokens, transformer["joint_attention_dim"], dtype=torch.bfloat16
+                ),
+            }
+        )
+
+    @classmethod
+    def diffusers_inputs(
+        cls, configs: Mapping[str, Mapping[str, Any]], condition: Condition, size: Size
+    ) -> Mapping[str, Any]:
+        channels, patch = (
+            configs["transformer"]["in_channels"],
+            2 * 2 ** (len(configs["vae"]["block_out_channels"]) - 1),
+        )
+        I, T = (size.height // patch) * (size.width // patch), condition.tensors["encoder_hidden_states"].shape[1]
+        return {
+            **condition.tensors,
+            "hidden_states": torch.zeros(1, I, channels, dtype=torch.bfloat16),
+            "timestep": torch.zeros(1, dtype=torch.bfloat16),
+            "guidance": torch.zeros(1) if configs["transformer"].get("guidance_embeds") else None,
+            "img_ids": torch.zeros(I, 3, dtype=torch.bfloat16),
+            "txt_ids": torch.zeros(T, 3, dtype=torch.bfloat16),
+        }
+
     def image_tokens(self, size: Size) -> int:
         return (size.height // self.patch) * (size.width // self.patch)
 
@@ -373,26 +407,24 @@ class Flux1:
         z = torch.cat([torch.randn(shape, generator=g, dtype=weight.dtype) for g in generators])
         return _pack(z).to(weight.device)
 
-    def predictor(self, condition: Condition, size: Size, guidance: Guidance) -> Predict:
-        text, pooled = (
-            condition.tensors["encoder_hidden_states"],
-            condition.tensors["pooled_projections"],
-        )
-        dtype, device = self.transformer.x_embedder.weight.dtype, text.device
-        text, pooled = text.to(dtype), pooled.to(dtype)
+    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predict:
+        model, text = self.transformer, condition.tensors["encoder_hidden_states"]
+        dtype, device = model.proj_out.weight.dtype, text.device
         rows, columns = size.height // self.patch, size.width // self.patch
-        rotary = self.transformer.rotary(text.shape[1], rows, columns, device)
-        guidance_B = None
-        if self.transformer.config.guidance_embeds:
+        B, T = text.shape[:2]
+        context = model.context_embedder(text.to(dtype))
+        rotary = model.rotary(T, rows, columns, device)
+        token_rows = Rows.of(B, T, rows * columns, device)
+        # the roundings of diffusers, step by step: thousandths in the model's dtype, down and up again
+        t_S = (torch.tensor(sigmas[:-1]) * TIMESTEPS).to(dtype) / TIMESTEPS * TIMESTEPS
+        strength = None
+        if model.config.guidance_embeds:
             assert guidance.embedded is not None, "checkpoints with a guidance embedding have a default strength"
-            strength = torch.full((len(text),), guidance.embedded, dtype=torch.float32)
-            guidance_B = (strength.to(dtype) * TIMESTEPS).to(device)
+            strength = (torch.tensor([guidance.embedded]).to(dtype) * TIMESTEPS).to(device)
+        modulations = model.modulate(t_S.to(device), strength, condition.tensors["pooled_projections"].to(dtype))
 
-        def predict(x: Tensor, sigma: float) -> Tensor:
-            # the roundings of diffusers, step by step: thousandths in the model's dtype, down and up again
-            t = torch.full((len(x),), sigma * TIMESTEPS, dtype=torch.float32).to(dtype)
-            t_B = (t / TIMESTEPS * TIMESTEPS).to(device)
-            return self.transformer(x, t_B, guidance_B, text, pooled, rotary)
+        def predict(x: Tensor, step: int) -> Tensor:
+            return model(x, context, token_rows, modulations[step], rotary)
 
         return predict
 

@@ -177,9 +177,11 @@ class NativePipeline:
         with watch.span("latent_preparation"):
             x = family.noise(size, [torch.Generator().manual_seed(s) for s in request.seeds()])
             sigmas = self.scheduler.sigmas(steps, family.image_tokens(size))
-            predict = family.predictor(condition, size, guidance)
+            positive = family.predictor(condition, size, guidance, sigmas)
+            predict = denoise.alone(positive)
             if negative is not None:
-                predict = denoise.with_true_cfg(predict, family.predictor(negative, size, guidance), guidance.true_cfg)
+                against = family.predictor(negative, size, guidance, sigmas)
+                predict = denoise.with_true_cfg(positive, against, guidance.true_cfg)
         record("initial_latents", x)
         record("timesteps", torch.tensor(sigmas[:-1]) * 1000)
         yield StageFinished("latent_preparation")

@@ -1,9 +1,9 @@
-"""Makes Triton's CPU interpreter right about bfloat16, which it holds as raw 16-bit patterns.
+"""Makes Triton's CPU interpreter right about bfloat16 and fp8, which it holds as raw bit patterns.
 
 Unrepaired (seen on Triton 3.6 and 3.9) it answers wrongly without a word: fp32 -> bf16 truncates instead of rounding to
-nearest even, `tl.dot` multiplies bit patterns, and so does arithmetic on bf16 values. Conversions and products are
-repaired here. Arithmetic on bf16 is refused instead: our kernels widen to fp32 first, on a GPU too. One more repair is
-for Triton 3.6 beside NumPy 2.4: loop bounds.
+nearest even, `tl.dot` multiplies bit patterns, and so does arithmetic on bf16 values; fp32 -> fp8 neither carries into
+the exponent nor saturates as a GPU does. Conversions and products are repaired here. Arithmetic on bf16 is refused
+instead: our kernels widen to fp32 first, on a GPU too. One more repair is for Triton 3.6 beside NumPy 2.4: loop bounds.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 WIDENED = "widen bf16 to fp32 before arithmetic"
+FP8 = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
 
 
 @contextmanager
@@ -27,8 +28,8 @@ def repaired_interpreter() -> Iterator[None]:
     """The repair holds inside the `with`."""
     builder = InterpreterBuilder
     with (
-        mock.patch.object(builder, "cast_impl", _convert_bf16(builder.cast_impl)),
-        mock.patch.object(builder, "create_fp_to_fp", _convert_bf16(builder.create_fp_to_fp)),
+        mock.patch.object(builder, "cast_impl", _convert(builder.cast_impl)),
+        mock.patch.object(builder, "create_fp_to_fp", _convert(builder.create_fp_to_fp)),
         mock.patch.object(builder, "create_dot", _widen_operands(builder.create_dot)),
         mock.patch.object(builder, "binary_op", _refuse_bf16(builder.binary_op)),
         mock.patch.object(builder, "unary_op", _refuse_bf16(builder.unary_op)),
@@ -39,13 +40,15 @@ def repaired_interpreter() -> Iterator[None]:
         yield
 
 
-def _convert_bf16(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
+def _convert(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:
     def convert(self: Any, source: TensorHandle, target: tl.dtype, *rounding: object) -> TensorHandle:
         if _is_bf16(source):
             fp32 = TensorHandle(_widen(source.data), tl.float32)
             return fp32 if target.scalar == tl.float32 else original(self, fp32, target, *rounding)
         if target.scalar == tl.bfloat16:
             return TensorHandle(_narrow(source.data), tl.bfloat16)
+        if target.scalar in FP8 and source.dtype.scalar in (tl.float32, tl.float16):
+            return TensorHandle(_saturate(source.data, FP8[target.scalar]), target.scalar)
         return original(self, source, target, *rounding)
 
     return convert
@@ -103,4 +106,12 @@ def _widen(bits: np.ndarray) -> np.ndarray:
 def _narrow(values: np.ndarray) -> np.ndarray:
     fp32 = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
     bits: np.ndarray = fp32.bfloat16().view(torch.int16).numpy().view(np.uint16)
+    return bits.reshape(np.shape(values))
+
+
+def _saturate(values: np.ndarray, dtype: torch.dtype) -> np.ndarray:
+    """As `cvt.rn.satfinite`: to nearest, ties to even, and what is too large to the largest number."""
+    largest = torch.finfo(dtype).max
+    fp32 = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-largest, largest)
+    bits: np.ndarray = fp32.to(dtype).view(torch.uint8).numpy()
     return bits.reshape(np.shape(values))

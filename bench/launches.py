@@ -1,0 +1,159 @@
+"""`sglang bench launches`: counts what one denoiser call launches at true size, ours against diffusers eager.
+
+Both models are built and called on shape-only ("meta") tensors: every PyTorch operation that is not a view counts as
+one launch, and so does every Triton kernel. Attention and RMSNorm, which PyTorch would take apart here, count as one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.runtime.jit import JITFunction
+
+from sgl_diffusion.bench.absent import GPUS, absent
+from sgl_diffusion.kernels.attention import attention
+from sgl_diffusion.models.family import Family, Guidance, Preset, Size
+from sgl_diffusion.runtime.args import nearest
+from sgl_diffusion.runtime.engine import families
+from sgl_diffusion.runtime.errors import UserError
+
+# operations that launch nothing: views and allocations
+FREE = """
+    view _unsafe_view t transpose permute slice select unsqueeze squeeze expand split split_with_sizes chunk unbind
+    alias detach as_strided reshape _reshape_alias view_as_real view_as_complex unflatten unfold diagonal real imag
+    lift_fresh movedim narrow _conj resolve_conj resolve_neg
+    empty empty_like new_empty empty_strided new_empty_strided is_same_size sym_size
+    """.split()  # noqa: SIM905
+
+
+class Launches(TorchDispatchMode):
+    """Counts launches by name while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_name: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if name not in FREE:
+            self.by_name[name] += 1
+        return func(*args, **kwargs or {})
+
+
+@contextmanager
+def counted(arch: str) -> Iterator[Counter[str]]:
+    """Launches inside the `with`, as they would be on a GPU of `arch`."""
+
+    def launch(self: Any, *args: Any, **options: Any) -> None:
+        launches.by_name[self.__name__.strip("_")] += 1
+
+    def sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
+        launches.by_name["scaled_dot_product_attention"] += 1
+        heads_last = query.new_empty(query.transpose(1, 2).shape[:-1] + value.shape[-1:])
+        return heads_last.transpose(1, 2)
+
+    def rms_norm(x: Tensor, *args: Any, **options: Any) -> Tensor:
+        launches.by_name["rms_norm"] += 1
+        return torch.empty_like(x)
+
+    launches = Launches()
+    with (
+        torch.no_grad(),
+        absent(GPUS[arch]),
+        mock.patch.object(JITFunction, "run", launch),
+        mock.patch.object(F, "scaled_dot_product_attention", sdpa),
+        mock.patch.object(F, "rms_norm", rms_norm),
+        launches,
+    ):
+        yield launches.by_name
+
+
+def count_native(family: type[Family], preset: Preset, size: Size, arch: str, attention_impl: str) -> Counter[str]:
+    """Launches of one step of one branch, all that a request does once left out."""
+    with torch.device("meta"):
+        kinds = family.components()
+        attend = partial(attention, impl=attention_impl)
+        options: Mapping[str, Any] = {"tile_height": 512, "tile_width": 512, "with_encoder": False}
+        parts = {
+            key: family.build(key, preset.components[key], attend, options if kind == "vae" else {}).to(torch.bfloat16)
+            for key, kind in kinds.items()
+            if kind in ("denoiser", "vae")
+        }
+        pipeline = family({key: parts.get(key) for key in kinds})
+        condition = family.example(preset.components)
+    x = pipeline.noise(size, [torch.Generator()])
+    guidance = Guidance(preset.defaults.guidance_scale)
+    with absent(GPUS[arch]), mock.patch.object(JITFunction, "run", lambda *args, **options: None):
+        predict = pipeline.predictor(condition, size, guidance, [1.0, 0.5, 0.0])
+    with counted(arch) as launches:
+        predict(x, 1)
+    return launches
+
+
+def count_diffusers(family: type[Family], preset: Preset, size: Size, arch: str) -> Counter[str]:
+    import diffusers
+
+    key = next(key for key, kind in family.components().items() if kind == "denoiser")
+    config = preset.components[key]
+    with torch.device("meta"):
+        model = getattr(diffusers, config["_class_name"]).from_config(dict(config)).to(torch.bfloat16)
+        inputs = family.diffusers_inputs(preset.components, family.example(preset.components), size)
+    with counted(arch) as launches:
+        model(**inputs)
+    return launches
+
+
+def find(model: str) -> tuple[type[Family], Preset]:
+    """A preset by its hub id, or by the short form of its name: letters and digits in lower case, with hyphens."""
+    known = {}
+    for family in families():
+        for hub_id, preset in family.presets().items():
+            known[hub_id] = known[_short(hub_id)] = (family, preset)
+    if model not in known:
+        short = [name for name in known if "/" not in name]
+        raise UserError(f"model={model}: expected one of {', '.join(short)}{nearest(model, short)}")
+    return known[model]
+
+
+def _short(hub_id: str) -> str:
+    return re.sub(r"[^a-z0-9-]", "", hub_id.rpartition("/")[2].lower())
+
+
+def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    parser.add_argument("--model", required=True, help="a preset: its hub id, or its name as in flux1-dev")
+    parser.add_argument("--height", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--arch", choices=GPUS, default="sm_90", help="whose table of tiles to follow (default: sm_90)")
+    parser.add_argument(
+        "--attention", choices=("triton", "torch_sdpa"), default="triton", help="attention backend (default: triton)"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there as well")
+    args = parser.parse_args(argv)
+    family, preset = find(args.model)
+    size = Size(args.height or preset.defaults.height, args.width or preset.defaults.width)
+    impl = "triton" if args.attention == "triton" else "torch"
+    ours = count_native(family, preset, size, args.arch, impl)
+    theirs = count_diffusers(family, preset, size, args.arch)
+    print(f"launches of one denoiser call of {args.model}, {size.width}x{size.height}, tiles of {args.arch}")
+    for name, counts in (("ours", ours), ("diffusers eager", theirs)):
+        print(f"{name}: {counts.total()}")
+        print("    " + ", ".join(f"{launch} {n}" for launch, n in counts.most_common()))
+    print(f"{theirs.total() / ours.total():.1f} times fewer")
+    if args.json:
+        facts = {"model": args.model, "height": size.height, "width": size.width, "arch": args.arch}
+        report = {"ours": dict(ours.most_common()), "diffusers": dict(theirs.most_common())}
+        args.json.write_text(json.dumps({**facts, "attention": args.attention, **report}, indent=1))
+    return 0

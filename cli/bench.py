@@ -1,0 +1,33 @@
+"""`sglang bench aot|kernels|launches|tune`: the kernels checked, timed, counted and tuned."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+
+from sgl_diffusion.cli.flags import Parser
+from sgl_diffusion.runtime.args import nearest
+from sgl_diffusion.runtime.errors import UserError
+
+SUBJECTS = {
+    "aot": "compile every kernel for sm_80, sm_89, sm_90 and sm_100 without a GPU, and reject bad code",
+    "kernels": "time every kernel against what it replaces, after checking its answers",
+    "launches": "count the launches of one denoiser call at true size, ours against diffusers",
+    "tune": "time tiles on this GPU and rewrite its table",
+}
+
+
+def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
+    subjects = parser.add_subparsers(dest="subject", metavar="|".join(SUBJECTS), parser_class=Parser)
+    for name, help in SUBJECTS.items():
+        subjects.add_parser(name, help=help, add_help=False)
+    if not argv or argv[0] in ("-h", "--help"):
+        parser.print_help()
+        return 0
+    subject = argv[0]
+    if subject not in SUBJECTS:
+        raise UserError(f"bench {subject}: expected one of {', '.join(SUBJECTS)}{nearest(subject, [*SUBJECTS])}")
+    text = SUBJECTS[subject]
+    own = Parser(prog=f"sglang bench {subject}", description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+    status: int = import_module(f"sgl_diffusion.bench.{subject}").run(own, argv[1:])
+    return status
