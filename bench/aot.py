@@ -257,11 +257,3 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
             json.dump({"triton": triton.__version__, "rows": [asdict(row) for row in rows]}, file, indent=1)
     print(f"{sum(bool(row.kernel) for row in rows)} kernels, {len(bad)} with problems")
     return 1 if bad else 0
-
-
-if __name__ == "__main__":
-    import sys
-
-    from sgl_diffusion.cli.flags import Parser
-
-    sys.exit(run(Parser(), sys.argv[1:]))

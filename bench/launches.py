@@ -133,7 +133,7 @@ def _short(hub_id: str) -> str:
 
 
 def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    parser.add_argument("--model", required=True, help="a preset: its hub id, or its name as in flux1-dev")
+    parser.add_argument("--model", required=True, help="a preset: its hub id, or its name in small letters")
     parser.add_argument("--height", type=int, help="pixels (default: the model's)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's)")
     parser.add_argument("--arch", choices=GPUS, default="sm_90", help="whose table of tiles to follow (default: sm_90)")

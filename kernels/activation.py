@@ -122,7 +122,7 @@ def activation(
         quantize: "fp8" (sm_89 and later) or "int8".
     Raises:
         ValueError: a shape, dtype, device, stride or name that does not fit.
-    Source: `GELU`, `GEGLU` and `Flux2SwiGLU` of diffusers.
+    Source: `GELU` and `GEGLU` of diffusers; its transformers differ in which half of x a SwiGLU's SiLU takes.
     """
     if kind not in KINDS:
         raise ValueError(f"kind={kind!r}: expected {', '.join(KINDS)}")

@@ -72,8 +72,7 @@ def attention(
 
 def attention(
     q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
-    *, out: Tensor | None = None, scale: float | None = None,
-    causal: bool = False, key_mask_BS: Tensor | None = None,
+    *, out: Tensor | None = None, scale: float | None = None, causal: bool = False, key_mask_BS: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
     return_lse: bool = False, impl: launch.Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
@@ -258,8 +257,8 @@ def _check_visible(q_BLHK: Tensor, k_BLHK: Tensor, visible: Visible) -> None:
 
 
 def attention_reference(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
-    *, out: Tensor | None = None, scale: float | None = None, return_lse: bool = False, **visible: Any,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, scale: float | None = None,
+    return_lse: bool = False, **visible: Any,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """PyTorch's fused attention, which keeps heads before tokens; log-sums by a second look at the scores."""
     results, sums = [], []
@@ -339,9 +338,8 @@ def _inputs(
         **options,
     }
     if masked:
-        mask = noise((B, S), torch.float32, device, 3) > -0.5
-        mask[:, 0] = True
-        inputs["key_mask_BS"] = mask
+        inputs["key_mask_BS"] = noise((B, S), torch.float32, device, 3) > -0.5
+        inputs["key_mask_BS"][:, 0] = True
     if packed:
         starts = [torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in packed]
         inputs |= {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "max_seqlen_q": max(packed[0])}
@@ -373,11 +371,9 @@ OP = Op(
         {"B": 1, "Q": 1, "S": 1, "H": 1, "K": 16},
         {"B": 2, "Q": 20, "S": 20, "H": 2, "K": 64},
         {"B": 1, "Q": 17, "S": 40, "H": 1, "K": 48},
-        {"B": 1, "Q": 33, "S": 32, "H": 1, "K": 128},
-        {"B": 2, "Q": 17, "S": 40, "H": 4, "G": 2, "K": 16, "return_lse": True},
+        {"B": 1, "Q": 33, "S": 32, "H": 2, "G": 1, "K": 128, "return_lse": True},
         {"B": 1, "Q": 40, "S": 33, "H": 2, "K": 16, "causal": True, "return_lse": True},
-        {"B": 2, "Q": 17, "S": 40, "H": 1, "K": 96, "masked": True, "return_lse": True},
-        {"B": 2, "Q": 20, "S": 17, "H": 1, "K": 16, "masked": True, "causal": True},
+        {"B": 2, "Q": 17, "S": 40, "H": 1, "K": 96, "masked": True, "causal": True, "return_lse": True},
         {"B": 1, "Q": 41, "S": 59, "H": 2, "G": 1, "K": 16, "packed": ((17, 1, 23), (40, 18, 1)), "return_lse": True},
         {"B": 1, "Q": 37, "S": 37, "H": 1, "K": 32, "packed": ((20, 17), (20, 17)), "causal": True},
     ),
@@ -388,11 +384,15 @@ OP = Op(
         {"B": 1, "Q": 1000, "S": 1000, "H": 8, "K": 80},
         {"B": 1, "Q": 8190, "S": 8190, "H": 10, "K": 128, "return_lse": True},
         {"B": 2, "Q": 512, "S": 512, "H": 32, "G": 8, "K": 128, "masked": True, "causal": True},
-        {"B": 2, "Q": 4224, "S": 4224, "H": 24, "K": 128, "masked": True},
         {"B": 1, "Q": 8448, "S": 8448, "H": 24, "K": 128, "packed": ((4160, 4288), (4160, 4288))},
         {"B": 2, "Q": 77, "S": 77, "H": 12, "K": 64, "causal": True},
     ),
     cpu=({"B": 1, "Q": 1024, "S": 1024, "H": 12, "K": 64},),
+    forms=(
+        {"form": "ws", "BLOCK_Q": 128, "BLOCK_S": 128, "STAGES": 2, "num_warps": 4},
+        {"form": "two_tiles", "BLOCK_Q": 64, "BLOCK_S": 64, "STAGES": 2, "num_warps": 4},
+        {"form": "tma", "BLOCK_Q": 128, "BLOCK_S": 128, "STAGES": 2, "num_warps": 8},
+    ),
     bytes=lambda i: 2 * i["q_BLHK"].nbytes + i["k_BLHK"].nbytes + i["v_BLHK"].nbytes,
     flops=_flops,
     # the weights are rounded to the dtype of v before the second product

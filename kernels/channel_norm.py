@@ -64,7 +64,7 @@ def channel_norm(
         out: shaped as x, in the dtype of x, any strides: the part of a padded buffer that is not padding.
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit.
-    Source: `WanRMS_norm` and `PerChannelRMSNorm` of diffusers.
+    Source: the RMS norms of diffusers' causal video autoencoders; `PerChannelRMSNorm` has eps in the mean.
     """
     last = _checked(x, {"weight_C": weight_C, "bias_C": bias_C}, out)
     if not launch.runs_triton(impl, x):

@@ -155,7 +155,7 @@ def patchify(x: Tensor, patch: Size, *, channel_fastest: bool = False, impl: lau
         channel_fastest: a token holds (pt, ph, pw, C) instead of (C, pt, ph, pw).
     Raises:
         ValueError: a shape, stride or patch that does not fit.
-    Source: `FluxPipeline._pack_latents` and the patch embeddings of diffusers, which are convolutions over the latter.
+    Source: `_pack_latents` of diffusers' image pipelines, and its patch embeddings, which are strided convolutions.
     """
     if x.ndim not in (4, 5):
         raise ValueError(f"x: shape {tuple(x.shape)}, expected (B, C, H, W) or (B, C, T, H, W)")
@@ -182,7 +182,8 @@ def unpatchify(
         patch, channel_fastest: as for `patchify`.
     Raises:
         ValueError: a shape, stride, grid or patch that does not fit.
-    Source: `FluxPipeline._unpack_latents` and the end of `WanTransformer3DModel` of diffusers.
+    Source: `_unpack_latents` of diffusers' image pipelines, channels slowest, and the end of its video transformers,
+        channels fastest.
     """
     launch.check_ndim(3, x_BLD=x_BLD)
     launch.check_contiguous(x_BLD=x_BLD)

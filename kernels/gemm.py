@@ -234,6 +234,11 @@ OP = Op(
         {"B": 1, "L": 256, "K": 512, "N": 3584, "gelu_from": 1536, "tail": True},
         {"B": 2, "L": 128, "K": 1024, "N": 512, "gated": True},
     ),
+    forms=(
+        {"form": "blas"},
+        {"form": "tma", "BLOCK_M": 128, "BLOCK_N": 256, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
+        {"form": "tma", "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 4},
+    ),
     bytes=_bytes,
     flops=lambda i: 2 * i["x_MK"].numel() * i["weight_NK"].shape[0],
     # sums of thousands of products; the "blas" form rounds the product before its epilogue

@@ -189,7 +189,7 @@ def causal_pad(
         pixels: to add on each side; zero, or the nearest pixel, or mirrored without repeating the edge.
     Raises:
         ValueError: a shape, dtype, device, stride, mode or number of frames or pixels that does not fit.
-    Source: `WanCausalConv3d`, `HunyuanVideoCausalConv3d` and `LTX2VideoCausalConv3d` of diffusers.
+    Source: the causal convolutions of diffusers' video autoencoders.
     """
     last = _check_pad(x_BCTHW, cache_BCTHW, before, after, pixels, frame_mode, pixel_mode)
     if not launch.runs_triton(impl, x_BCTHW):

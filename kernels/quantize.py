@@ -109,7 +109,8 @@ def quantize_rows_reference(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 
 def eager_quantize_rows(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """As quantised checkpoints are run without a fused kernel."""
-    scale = x.abs().amax(-1, keepdim=True).float() / LARGEST[format]
+    amax = x.abs().amax(-1, keepdim=True).float()
+    scale = torch.where(amax > 0, amax / LARGEST[format], 1.0)
     codes = x.float() / scale
     codes = codes.round() if format == "int8" else codes
     return codes.clamp(-LARGEST[format], LARGEST[format]).to(DTYPES[format]), scale.squeeze(-1)

@@ -132,7 +132,7 @@ def guided_euler_step(
         velocity_out: written, contiguous; the guided prediction, in any float dtype.
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit, or both ways of scaling back.
-    Source: `FlowMatchEulerDiscreteScheduler.step`, `rescale_noise_cfg` and the Qwen-Image pipeline of diffusers.
+    Source: `FlowMatchEulerDiscreteScheduler.step`, `rescale_noise_cfg` and the true-guidance pipelines of diffusers.
     """
     _check_step(x, positive, dt, negative, rescale, per_token_norm, velocity_out)
     if not launch.runs_triton(impl, x):

@@ -30,7 +30,7 @@ def sinusoid(t_B: Tensor, channels: int = SINUSOID_CHANNELS, max_period: float =
 class Linear(nn.Linear):
     """A linear layer with what may follow it in one launch; arguments and result as of `kernels.gemm`."""
 
-    def forward(self, x: Tensor, **epilogue: Any) -> Any:
+    def forward(self, x: Tensor, **epilogue: Any) -> Any:  # type: ignore[override]
         # rows of several samples, cut from a longer sequence, are not evenly apart
         return gemm(x.contiguous(), self.weight, self.bias, **epilogue)
 

@@ -39,24 +39,26 @@ def test_same_inputs_give_the_same_bits(op: Any) -> None:
 
 @each_op
 def test_kernel_reference_and_eager_sequence_agree(op: Any) -> None:
-    """At a size of the benchmark's, in fp32: what is timed side by side is the same thing."""
+    """In fp32: what the benchmark times side by side is the same thing."""
     for size in op.tiny:
         inputs = [op.inputs(DEVICE, op.dtypes[0], **size) for _ in range(3)]
         ours, reference = op.run(inputs[0], "triton"), op.run(inputs[1], "torch")
         eager = op.collect(op.eager(**inputs[2]), inputs[2])
-        for a, b, c in zip(ours, reference, eager, strict=True):
-            assert a.dtype == b.dtype and a.shape == b.shape == c.shape
-            assert op.error(a, b.double())[0] <= 2 * op.tolerance[a.dtype]
-            assert op.error(c, b.double())[0] <= 8 * op.tolerance[a.dtype], "the eager sequence is another"
+        for a, b in zip(ours, reference, strict=True):
+            assert a.dtype == b.dtype and a.shape == b.shape
+            assert op.error(a, b)[0] <= 2 * op.tolerance[a.dtype], size
+        for b, c in zip(reference, eager, strict=False):  # eager PyTorch gives no log-sum beside attention
+            assert op.error(c, b)[0] <= 8 * op.tolerance[b.dtype], f"the eager sequence is another at {size}"
 
 
 @each_op
 def test_traffic_and_work_are_counted(op: Any) -> None:
-    inputs = next(op.cases(op.production)).inputs("meta")
-    tensors = [x for value in inputs.values() for x in (value if isinstance(value, tuple | list) else [value])]
-    largest = max(x.numel() * x.element_size() for x in _flat(tensors))
-    assert largest / 4 < op.bytes(inputs) < 8 * largest
-    assert op.flops is None or op.flops(inputs) > 1e9
+    """Every tensor is moved once, or a few times where it is read again; strided ones only in part."""
+    inputs = op.inputs("cpu", torch.float32, **op.cpu[0])
+    tensors = [*_flat([*inputs.values()]), *op.run(inputs, "torch")]
+    total = sum(x.numel() * x.element_size() for x in tensors)
+    assert total / 4 < op.bytes(inputs) < 4 * total
+    assert op.flops is None or op.flops(inputs) > 1e8
 
 
 def _flat(values: Any) -> list[Tensor]:

@@ -51,6 +51,9 @@ def attention_formula(
     return (result, total.log()[..., 0]) if return_lse else result
 
 
+FORMULAS = {"attention": attention_formula}
+
+
 @pytest.mark.parametrize("case", [*cases([OP])], ids=str)
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_matches_the_formula(case: Case, impl: Any) -> None:

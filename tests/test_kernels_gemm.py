@@ -47,6 +47,9 @@ def gemm_formula(
     return y if tail is None else (y[..., :gelu_from], y[..., gelu_from:])
 
 
+FORMULAS = {"gemm": gemm_formula}
+
+
 @pytest.mark.parametrize("case", [*cases([module.OP])], ids=str)
 @pytest.mark.parametrize("form", ["reference", *TILES])
 def test_matches_the_formula(case: Case, form: str) -> None:

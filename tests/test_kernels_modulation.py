@@ -21,6 +21,9 @@ def modulation_formula(e_MK: Tensor, weight_NK: Tensor, bias_N: Tensor) -> Tenso
     return torch.einsum("mk,nk->mn", e_MK / (1 + torch.exp(-e_MK)), weight_NK) + bias_N
 
 
+FORMULAS = {"modulation": modulation_formula}
+
+
 @pytest.mark.parametrize("case", [*cases([module.OP])], ids=str)
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_matches_the_formula(case: Case, impl: Any) -> None:
