@@ -111,17 +111,28 @@ def gate_residual_reference(
     sandwich_weight_D: Tensor | None = None, eps: float = 1e-6, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     out = torch.empty_like(x, memory_format=torch.contiguous_format) if out is None else out
-    rows = launch.widen(rows_of(branch))
+    added = launch.widen(branch)
     if sandwich_weight_D is not None:
-        rows = rms_normed(rows, eps).mul_(launch.widen(sandwich_weight_D))
+        added = rms_normed(added, eps).mul_(launch.widen(sandwich_weight_D))
     if gate is not None:
-        gate = launch.widen(gate).tanh() if tanh_gate else launch.widen(gate)
-        parts = [rows[run] * gate[g] for run, g in runs(len(rows), group, gate)]
-        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        # the products go where the sum will, unless x is there
+        spare = out if out.dtype == added.dtype and out.data_ptr() != x.data_ptr() else None
+        added = _gated(added, launch.widen(gate).tanh() if tanh_gate else launch.widen(gate), group, spare)
     if x.dtype in launch.HALF_DTYPES:
-        total = rows.view(x.shape) + x
+        total = added + x
         return out.copy_(total.clamp_(-FP16_MAX, FP16_MAX) if x.dtype == torch.float16 else total)
-    return torch.add(x, rows.view(x.shape), out=out)
+    return torch.add(x, added, out=out)
+
+
+def _gated(branch: Tensor, gate_GD: Tensor, group: Tensor | None, spare: Tensor | None) -> Tensor:
+    """A vector a sample broadcasts; other groups go run by run."""
+    if group is None and len(gate_GD) == (len(branch) if branch.ndim == 3 else 1):
+        return torch.mul(branch, gate_GD[:, None] if branch.ndim == 3 else gate_GD, out=spare)
+    rows = rows_of(branch)
+    gated = torch.empty_like(rows)
+    for run, g in runs(len(rows), group, gate_GD):
+        torch.mul(rows[run], gate_GD[g], out=gated[run])
+    return gated.view(branch.shape)
 
 
 def eager_residual_norm(

@@ -13,6 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from sgl_diffusion.kernels.embedding import patchify, timestep_embedding, unpatchify
 from sgl_diffusion.kernels.modulation import modulation
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.models.config import demand, read_config
@@ -25,7 +26,7 @@ from sgl_diffusion.models.family import (
     Preset,
     Size,
 )
-from sgl_diffusion.models.layers import Linear, Residual, RMSNormWeight, TimestepEmbedding, rotary_table, sinusoid
+from sgl_diffusion.models.layers import Linear, Residual, RMSNormWeight, TimestepEmbedding, rotary_table
 from sgl_diffusion.models.text import clip_pooled, t5_hidden
 from sgl_diffusion.models.vae_kl import AutoencoderKL, VaeConfig
 
@@ -34,6 +35,7 @@ from sgl_diffusion.models.vae_kl import AutoencoderKL, VaeConfig
 MLP_RATIO = 4
 TIMESTEPS = 1000  # the transformer sees sigma in thousandths
 ROPE_THETA = 10_000.0
+SINUSOID_CHANNELS = 256  # of the timestep and guidance embeddings
 
 
 @dataclass(frozen=True)
@@ -213,22 +215,26 @@ class SingleBlock(nn.Module):
         stream.add(self.proj_out(mixed), gate)
 
 
+def sinusoid(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return timestep_embedding(t, SINUSOID_CHANNELS, flip_sin_to_cos=True, downscale_freq_shift=0.0).to(dtype)
+
+
 class TimeTextEmbedding(nn.Module):
     """`CombinedTimestep(Guidance)TextProjEmbeddings`: the vector every modulation is computed from."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
         D = config.width
-        self.timestep_embedder = TimestepEmbedding(256, D)
+        self.timestep_embedder = TimestepEmbedding(SINUSOID_CHANNELS, D)
         if config.guidance_embeds:
-            self.guidance_embedder = TimestepEmbedding(256, D)
+            self.guidance_embedder = TimestepEmbedding(SINUSOID_CHANNELS, D)
         self.text_embedder = TimestepEmbedding(config.pooled_projection_dim, D)
 
     def forward(self, t_S: Tensor, guidance: Tensor | None, pooled_BC: Tensor) -> Tensor:
         """(S, B, D) for every step and sample."""
-        embedding = self.timestep_embedder(sinusoid(t_S).to(pooled_BC.dtype))
+        embedding = self.timestep_embedder(sinusoid(t_S, pooled_BC.dtype))
         if guidance is not None:
-            embedding = embedding + self.guidance_embedder(sinusoid(guidance).to(pooled_BC.dtype))
+            embedding = embedding + self.guidance_embedder(sinusoid(guidance, pooled_BC.dtype))
         return embedding[:, None] + self.text_embedder(pooled_BC)
 
 
@@ -405,7 +411,7 @@ class Flux1:
         f = self.vae.config.downsampling
         shape = (1, self.transformer.config.in_channels // 4, size.height // f, size.width // f)
         z = torch.cat([torch.randn(shape, generator=g, dtype=weight.dtype) for g in generators])
-        return _pack(z).to(weight.device)
+        return patchify(z, (2, 2)).to(weight.device)
 
     def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predict:
         model, text = self.transformer, condition.tensors["encoder_hidden_states"]
@@ -429,22 +435,10 @@ class Flux1:
         return predict
 
     def decode(self, x: Tensor, size: Size) -> Tensor:
-        z = _unpack(x, size.height // self.patch, size.width // self.patch)
+        z = unpatchify(x, (size.height // self.patch, size.width // self.patch), (2, 2))
         config = self.vae.config
         z = z / config.scaling_factor + (config.shift_factor or 0.0)
         return self.vae.decode(z.to(self.vae.decoder.conv_in.weight.dtype))
-
-
-def _pack(z_BCHW: Tensor) -> Tensor:
-    """2x2 neighbours of the latent become one token; channels are the slowest index inside it."""
-    B, C, H, W = z_BCHW.shape
-    return z_BCHW.view(B, C, H // 2, 2, W // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(B, H * W // 4, C * 4)
-
-
-def _unpack(x_BIC: Tensor, rows: int, columns: int) -> Tensor:
-    B, _, C = x_BIC.shape
-    tiles = x_BIC.view(B, rows, columns, C // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return tiles.reshape(B, C // 4, 2 * rows, 2 * columns)
 
 
 # -- presets: published configs, for dummy weights at true size -------------------

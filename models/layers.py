@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -12,19 +11,6 @@ from torch import Tensor, nn
 from sgl_diffusion.kernels.gemm import gemm
 from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.kernels.residual import gate_residual, residual_norm
-
-SINUSOID_CHANNELS = 256  # of every timestep and guidance embedding
-
-
-def sinusoid(t_B: Tensor, channels: int = SINUSOID_CHANNELS, max_period: float = 10_000.0) -> Tensor:
-    """(B,) -> (B, channels) in fp32: cosines first, then sines, of t times a geometric ladder of frequencies.
-
-    Source: `get_timestep_embedding(flip_sin_to_cos=True, downscale_freq_shift=0)` of diffusers.
-    """
-    half = channels // 2
-    ladder = torch.arange(half, dtype=torch.float32, device=t_B.device) * (-math.log(max_period) / half)
-    angle = t_B.float()[:, None] * torch.exp(ladder)[None]
-    return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
 class Linear(nn.Linear):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgl_diffusion.kernels.group_norm import group_norm
+from sgl_diffusion.kernels.layout import upsample_nearest
 from sgl_diffusion.models.config import demand, read_config
 from sgl_diffusion.models.family import AttentionFn
 
@@ -136,7 +137,7 @@ class Resample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.up:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return self.conv(upsample_nearest(x))
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 

@@ -96,12 +96,13 @@ def test_matches_the_formula(case: Case, impl: Any) -> None:
     check(case, impl, FORMULAS[case.op.name])
 
 
-@pytest.mark.parametrize("case", [c for op in OPS for c in op.cases(op.tiny)][::3], ids=lambda c: f"{c.op.name}-{c}")
+RETURNING = [c for op in OPS for c in op.cases(op.tiny) if c.inputs("meta").get("out") is None]
+
+
+@pytest.mark.parametrize("case", RETURNING[::3], ids=lambda c: f"{c.op.name}-{c}")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_the_memory_format_stays(case: Case, impl: Any) -> None:
     inputs = case.inputs(DEVICE)
-    if inputs.get("out") is not None:
-        pytest.skip("the caller gives the result")
     x = next(iter(inputs.values()))
     (y,) = case.op.run(inputs, impl)
     assert y.is_contiguous() if x.is_contiguous() else y.movedim(1, -1).is_contiguous()
