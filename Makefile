@@ -45,4 +45,4 @@ link:
 	ln -sfn ../../facade/py.typed .src/sgl_diffusion/py.typed
 
 clean:
-	rm -rf .venv .src build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	rm -rf .venv .triton-3.6 .src build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgl_diffusion.bench.plot import Bar, bars
+from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.kernels.op import Case, Inputs, Op, rel_l2
 from sgl_diffusion.runtime.errors import UserError
@@ -161,7 +162,7 @@ def measure(case: Case, impls: Sequence[str], device: str, limit: Limits) -> lis
             rows[impl] = replace(row, rel_l2=wrong, why="" if right else "WRONG ANSWER, not timed")
             if right:
                 calls[impl] = caller(op, impl, case.inputs(device))
-        except Refused as e:
+        except (Refused, launch.Unsupported) as e:
             rows[impl] = replace(row, why=str(e))
     inputs = case.inputs(device)
     for impl, us in medians_us(calls, device).items():

@@ -139,7 +139,7 @@ OP = Op(
     production=(
         {"R": 4608, "D": 3072, "format": "fp8"},
         {"R": 4608, "D": 3072, "format": "int8"},
-        {"R": 8192, "D": 5120, "format": "fp8"},
+        {"R": 8192, "D": 5120, "format": "int8"},
         {"R": 512, "D": 1024, "format": "int8"},
     ),
     cpu=({"R": 1024, "D": 768, "format": "int8"},),
