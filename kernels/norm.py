@@ -301,13 +301,12 @@ def eager_vectors(vectors_GD: Tensor, x: Tensor, group: Tensor | None) -> Tensor
 def modulated_inputs(
     device: str, dtype: torch.dtype, B: int, L: int, D: int, groups: str, names: tuple[str, ...], wide: bool = False
 ) -> Inputs:
-    """Vectors as chunks of one wide projection. `groups`: one for each sample or token, or two that rows select."""
+    """Vectors as chunks of wider projections. `groups`: one for each sample or token, or two that rows select."""
     G = {"none": 0, "sample": B, "token": B * L, "selected": 2 * B}[groups]
-    projection = poisoned((G, 6 * D), torch.float32 if wide else dtype, device)
-    vectors = {
-        name: inside(projection, noise((G, D), projection.dtype, device, i), slice(i * D, (i + 1) * D))
-        for i, name in enumerate(names)
-    }
+    vectors = {}
+    for i, name in enumerate(names):
+        projection = poisoned((G, (i + 2) * D), torch.float32 if wide else dtype, device)
+        vectors[name] = inside(projection, noise((G, D), projection.dtype, device, i), slice(i * D, (i + 1) * D))
     group = None
     if groups == "selected":  # the first third of the tokens of a sample stands in its first group
         second = torch.arange(B * L, device=device) % L >= L // 3

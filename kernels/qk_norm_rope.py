@@ -200,14 +200,18 @@ def eager_qk_norm_rope(
 
 def _inputs(
     device: str, dtype: torch.dtype, B: int, N: tuple[int, ...], H: int, K: int,
-    across: bool = False, half_split: bool = False, in_place: bool = False, table: str = "L",
+    across: bool = False, half_split: bool = False, in_place: bool = False, table: str = "L", apart: bool = False,
 ) -> Inputs:  # fmt: skip
     L, streams = sum(N), []
     for i, n in enumerate(N):
-        wide = poisoned((B, n, 7 * H * K), dtype, device)
-        qkv = inside(wide, noise((B, n, 3 * H * K), dtype, device, i), slice(0, 3 * H * K))
+        heads = noise((B, n, 3, H, K), dtype, device, i)
+        if apart and i:  # the second stream's heads are not neighbours
+            qkv = inside(poisoned((B, n, 3, H, 2 * K), dtype, device), heads, slice(0, K))
+        else:
+            wide = poisoned((B, n, 7 * H * K), dtype, device)
+            qkv = inside(wide, heads.flatten(2), slice(0, 3 * H * K)).unflatten(-1, (3, H, K))
         weights = [noise((H * K if across else K,), dtype, device, 10 + 2 * i + j) for j in (0, 1)]
-        streams.append(Stream(qkv.unflatten(-1, (3, H, K)), *weights))
+        streams.append(Stream(qkv, *weights))
     angle = noise({"L": (L, K // 2), "BLH": (B, L, H, K // 2)}[table], torch.float32, device, 20)
     q, k = poisoned((2, B, L + 2, H, K), dtype, device)[:, :, 1 : L + 1]
     if in_place:
@@ -238,7 +242,7 @@ OP = Op(
     inputs=_inputs,
     tiny=(
         {"B": 1, "N": (1,), "H": 1, "K": 16},
-        {"B": 2, "N": (2, 3), "H": 3, "K": 64},
+        {"B": 2, "N": (2, 3), "H": 3, "K": 64, "apart": True},
         {"B": 1, "N": (1, 5), "H": 5, "K": 48, "half_split": True},
         {"B": 2, "N": (2,), "H": 2, "K": 128, "in_place": True},
         {"B": 2, "N": (3,), "H": 5, "K": 32, "across": True},
