@@ -7,12 +7,15 @@ one launch, and so does every Triton kernel. Attention and RMSNorm, which PyTorc
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,9 +28,9 @@ from triton.runtime.jit import JITFunction
 
 from sgl_diffusion.bench.absent import GPUS, absent
 from sgl_diffusion.kernels.attention import attention
+from sgl_diffusion.models.catalog import DENOISERS, FAMILIES
 from sgl_diffusion.models.family import Family, Guidance, Preset, Size
 from sgl_diffusion.runtime.args import nearest
-from sgl_diffusion.runtime.engine import families
 from sgl_diffusion.runtime.errors import UserError
 
 # operations that launch nothing: views and allocations
@@ -109,7 +112,11 @@ def count_diffusers(family: type[Family], preset: Preset, size: Size, arch: str)
     key = next(key for key, kind in family.components().items() if kind == "denoiser")
     config = preset.components[key]
     with torch.device("meta"):
-        model = getattr(diffusers, config["_class_name"]).from_config(dict(config)).to(torch.bfloat16)
+        model = getattr(diffusers, config["_class_name"]).from_config(dict(config))
+        fp32 = set(model._keep_in_fp32_modules or ())  # as `from_pretrained` does; `to` would cast these as well
+        for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+            if tensor.is_floating_point() and not fp32 & set(name.split(".")):
+                tensor.data = tensor.data.to(torch.bfloat16)
         inputs = family.diffusers_inputs(preset.components, family.example(preset.components), size)
     with counted(arch) as launches:
         model(**inputs)
@@ -119,7 +126,9 @@ def count_diffusers(family: type[Family], preset: Preset, size: Size, arch: str)
 def find(model: str) -> tuple[type[Family], Preset]:
     """A preset by its hub id, or by the short form of its name: letters and digits in lower case, with hyphens."""
     known = {}
-    for family in families():
+    for path in {**FAMILIES, **DENOISERS}.values():
+        module, _, name = path.partition(":")
+        family: type[Family] = getattr(importlib.import_module(module), name)
         for hub_id, preset in family.presets().items():
             known[hub_id] = known[_short(hub_id)] = (family, preset)
     if model not in known:
@@ -129,7 +138,7 @@ def find(model: str) -> tuple[type[Family], Preset]:
 
 
 def _short(hub_id: str) -> str:
-    return re.sub(r"[^a-z0-9-]", "", hub_id.rpartition("/")[2].lower())
+    return re.sub(r"[^a-z0-9-]", "", hub_id.rpartition("/")[2].lower()).removesuffix("-diffusers")
 
 
 def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
@@ -143,17 +152,19 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts there as well")
     args = parser.parse_args(argv)
     family, preset = find(args.model)
-    size = Size(args.height or preset.defaults.height, args.width or preset.defaults.width)
+    default = preset.defaults
+    size = Size(args.height or default.height, args.width or default.width, default.frames)
     impl = "triton" if args.attention == "triton" else "torch"
     ours = count_native(family, preset, size, args.arch, impl)
     theirs = count_diffusers(family, preset, size, args.arch)
-    print(f"launches of one denoiser call of {args.model}, {size.width}x{size.height}, tiles of {args.arch}")
+    frames = f" of {size.frames} frames" if size.frames > 1 else ""
+    print(f"launches of one denoiser call of {args.model}, {size.width}x{size.height}{frames}, tiles of {args.arch}")
     for name, counts in (("ours", ours), ("diffusers eager", theirs)):
         print(f"{name}: {counts.total()}")
         print("    " + ", ".join(f"{launch} {n}" for launch, n in counts.most_common()))
     print(f"{theirs.total() / ours.total():.1f} times fewer")
     if args.json:
-        facts = {"model": args.model, "height": size.height, "width": size.width, "arch": args.arch}
+        facts = {"model": args.model, **asdict(size), "arch": args.arch}
         report = {"ours": dict(ours.most_common()), "diffusers": dict(theirs.most_common())}
         args.json.write_text(json.dumps({**facts, "attention": args.attention, **report}, indent=1))
     return 0

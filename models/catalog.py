@@ -1,5 +1,12 @@
 """The model families we run natively, by the `_class_name` of `model_index.json`. Torch-free."""
 
-FAMILIES = {
+from collections.abc import Mapping
+
+FAMILIES: Mapping[str, str] = {
     "FluxPipeline": "sgl_diffusion.models.flux:Flux1",
+}
+
+# families whose denoiser alone is native so far: their pipelines run on the diffusers backend
+DENOISERS: Mapping[str, str] = {
+    "WanPipeline": "sgl_diffusion.models.wan:Wan",
 }

@@ -25,6 +25,7 @@ class Defaults:
     height: int
     width: int
     max_sequence_length: int
+    frames: int = 1
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ class Preset:
 
 @dataclass(frozen=True)
 class Size:
-    """A picture's size in pixels."""
+    """A picture's size in pixels, or a video's, with its frames."""
 
     height: int
     width: int
+    frames: int = 1
 
 
 @dataclass(frozen=True)

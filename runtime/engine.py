@@ -294,11 +294,6 @@ def _family(pipeline_class: str) -> type[Family]:
     return family
 
 
-def families() -> list[type[Family]]:
-    """Native families, in the catalog's order."""
-    return [_family(pipeline_class) for pipeline_class in FAMILIES]
-
-
 def presets() -> list[str]:
     """Hub ids whose shapes are built in, for `load_format="dummy"`."""
     return [name for pipeline_class in FAMILIES for name in _family(pipeline_class).presets()]
