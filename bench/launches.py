@@ -11,7 +11,7 @@ import importlib
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -24,12 +24,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import KernelInterface
 
 from sgl_diffusion.bench.absent import GPUS, absent
 from sgl_diffusion.kernels.attention import attention
+from sgl_diffusion.kernels.launch import Impl
 from sgl_diffusion.models.catalog import DENOISERS, FAMILIES
-from sgl_diffusion.models.family import Family, Guidance, Preset, Size
+from sgl_diffusion.models.family import Family, Guidance, Predictor, Preset, Size
 from sgl_diffusion.runtime.args import nearest
 from sgl_diffusion.runtime.errors import UserError
 
@@ -60,8 +61,11 @@ class Launches(TorchDispatchMode):
 def counted(arch: str) -> Iterator[Counter[str]]:
     """Launches inside the `with`, as they would be on a GPU of `arch`."""
 
-    def launch(self: Any, *args: Any, **options: Any) -> None:
-        launches.by_name[self.__name__.strip("_")] += 1
+    def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, **options: Any) -> None:
+            launches.by_name[kernel.__name__.strip("_")] += 1
+
+        return launch
 
     def sdpa(query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Tensor:
         launches.by_name["scaled_dot_product_attention"] += 1
@@ -76,7 +80,7 @@ def counted(arch: str) -> Iterator[Counter[str]]:
     with (
         torch.no_grad(),
         absent(GPUS[arch]),
-        mock.patch.object(JITFunction, "run", launch),
+        mock.patch.object(KernelInterface, "__getitem__", launcher),
         mock.patch.object(F, "scaled_dot_product_attention", sdpa),
         mock.patch.object(F, "rms_norm", rms_norm),
         launches,
@@ -84,8 +88,10 @@ def counted(arch: str) -> Iterator[Counter[str]]:
         yield launches.by_name
 
 
-def count_native(family: type[Family], preset: Preset, size: Size, arch: str, attention_impl: str) -> Counter[str]:
-    """Launches of one step of one branch, all that a request does once left out."""
+def on_meta(
+    family: type[Family], preset: Preset, size: Size, arch: str, attention_impl: Impl = "triton"
+) -> tuple[Predictor, Tensor]:
+    """A denoiser in bf16 made ready for a request of two steps, and the state it starts from: shapes alone."""
     with torch.device("meta"):
         kinds = family.components()
         attend = partial(attention, impl=attention_impl)
@@ -99,8 +105,13 @@ def count_native(family: type[Family], preset: Preset, size: Size, arch: str, at
         condition = family.example(preset.components)
     x = pipeline.noise(size, [torch.Generator()])
     guidance = Guidance(preset.defaults.guidance_scale)
-    with absent(GPUS[arch]), mock.patch.object(JITFunction, "run", lambda *args, **options: None):
-        predict = pipeline.predictor(condition, size, guidance, [1.0, 0.5, 0.0])
+    with counted(arch):
+        return pipeline.predictor(condition, size, guidance, [1.0, 0.5, 0.0]), x
+
+
+def count_native(family: type[Family], preset: Preset, size: Size, arch: str, attention_impl: Impl) -> Counter[str]:
+    """Launches of one step of one branch, all that a request does once left out."""
+    predict, x = on_meta(family, preset, size, arch, attention_impl)
     with counted(arch) as launches:
         predict(x, 1)
     return launches
@@ -154,7 +165,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     family, preset = find(args.model)
     default = preset.defaults
     size = Size(args.height or default.height, args.width or default.width, default.frames)
-    impl = "triton" if args.attention == "triton" else "torch"
+    impl: Impl = "triton" if args.attention == "triton" else "torch"
     ours = count_native(family, preset, size, args.arch, impl)
     theirs = count_diffusers(family, preset, size, args.arch)
     frames = f" of {size.frames} frames" if size.frames > 1 else ""

@@ -84,7 +84,7 @@ def _norm_kernel(
             branch = branch * gate
         x += branch
         if SATURATE:
-            x = tl.clamp(x, -65504.0, 65504.0)
+            x = tl.clamp(x, -65504.0, 65504.0, propagate_nan=tl.PropagateNan.ALL)
         # the norm sees the sum as it is stored, as the next reader of the stream does
         rounded = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + b * sum_stride_b + l * sum_stride_l + d, rounded, mask=live)
@@ -193,9 +193,9 @@ def check(
     launch.check_last_dim(x=x, **given)
     G = max((len(v) for v in given.values()), default=1)
     launch.check_shape((G, D), **given)
+    if G == 0 or (group is None and R % G):
+        raise ValueError(f"{next(iter(given))}: {G} groups, expected a divisor of the {R} rows of x")
     if group is None:
-        if R % max(G, 1):
-            raise ValueError(f"{next(iter(given))}: {G} groups, expected a divisor of the {R} rows of x")
         return
     launch.check_shape((R,), group=group)
     launch.check_dtype(torch.int32, group=group)
@@ -254,15 +254,18 @@ def rows_of(x: Tensor) -> Tensor:
 def runs(R: int, group: Tensor | None, *vectors_GD: Tensor | None) -> Iterator[tuple[slice, Any]]:
     """Neighbouring rows and the index of their group; all rows and the indices of their groups where those are many."""
     given = [v for v in vectors_GD if v is not None]
-    G = len(given[0]) if given else 1
+    if not given:  # groups differ in nothing
+        yield slice(None), 0
+        return
+    G = len(given[0])
     if group is None:
         groups, counts = list(range(G)), [R // G] * G
     else:
         values, lengths = torch.unique_consecutive(group, return_counts=True)
         groups, counts = values.tolist(), lengths.tolist()
     if len(groups) > MAX_RUNS:
-        each = torch.arange(G, device=given[0].device).repeat_interleave(R // G)
-        yield slice(None), each if group is None else group
+        each = torch.arange(G, device=given[0].device).repeat_interleave(R // G) if group is None else group
+        yield slice(None), each
         return
     start = 0
     for g, count in zip(groups, counts, strict=True):

@@ -12,8 +12,27 @@ from torch import Tensor, nn
 AttentionFn = Callable[..., Tensor]
 """`attention(q_BLHK, k_BLHK, v_BLHK, *, out=None) -> out_BLHK`; the runtime chooses the backend behind it."""
 
-Predict = Callable[[Tensor, int], Tensor]
-"""`predict(x, step) -> velocity`, both in the shape of the state x, which stands at the step's sigma."""
+Tensors = Any
+"""Tensors in tuples, lists and dataclasses, which may hold plain numbers too."""
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """A denoiser made ready for a request: `predictor(x, step) -> velocity`, both in the shape of the state x.
+
+    Attributes:
+        call: `call(x, step's tensors, *request's tensors)`, a pure function of tensors on the device and the same
+            object for every request, so that one captured call serves them all.
+        request: what the request fixes.
+        steps: what each step adds.
+    """
+
+    call: Callable[..., Tensor]
+    request: tuple[Tensors, ...]
+    steps: Sequence[Tensors]
+
+    def __call__(self, x: Tensor, step: int) -> Tensor:
+        return self.call(x, self.steps[step], *self.request)
 
 
 @dataclass(frozen=True)
@@ -102,7 +121,7 @@ class Family(Protocol):
     def noise(self, size: Size, generators: Sequence[torch.Generator]) -> Tensor:
         """The initial state x, one generator a picture, so that a picture does not depend on its neighbours."""
 
-    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predict:
+    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predictor:
         """`sigmas` run from 1 (noise) to 0, one more than there are steps. Does what a request needs once."""
 
     @classmethod

@@ -22,7 +22,7 @@ from sgl_diffusion.models.family import (
     Condition,
     Defaults,
     Guidance,
-    Predict,
+    Predictor,
     Preset,
     Size,
 )
@@ -287,7 +287,7 @@ class FluxTransformer(nn.Module):
         single_SN3BD = single.unflatten(2, (-1, 3)).permute(0, 2, 3, 1, 4)
         return [Modulation(*step) for step in zip(double_SN6GD, single_SN3BD, out.transpose(1, 2), strict=True)]
 
-    def forward(self, x_BIC: Tensor, context_BTD: Tensor, rows: Rows, modulation: Modulation, rotary: Rotary) -> Tensor:
+    def forward(self, x_BIC: Tensor, modulation: Modulation, context_BTD: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
         """Velocity (B, I, C) from the state and the embedded text."""
         stream = Residual(torch.cat([context_BTD.flatten(0, 1), self.x_embedder(x_BIC).flatten(0, 1)]))
         for block, vectors_6GD in zip(self.transformer_blocks, modulation.double_N6GD, strict=True):
@@ -413,7 +413,7 @@ class Flux1:
         z = torch.cat([torch.randn(shape, generator=g, dtype=weight.dtype) for g in generators])
         return patchify(z, (2, 2)).to(weight.device)
 
-    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predict:
+    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predictor:
         model, text = self.transformer, condition.tensors["encoder_hidden_states"]
         dtype, device = model.proj_out.weight.dtype, text.device
         rows, columns = size.height // self.patch, size.width // self.patch
@@ -428,11 +428,7 @@ class Flux1:
             assert guidance.embedded is not None, "checkpoints with a guidance embedding have a default strength"
             strength = (torch.tensor([guidance.embedded]).to(dtype) * TIMESTEPS).to(device)
         modulations = model.modulate(t_S.to(device), strength, condition.tensors["pooled_projections"].to(dtype))
-
-        def predict(x: Tensor, step: int) -> Tensor:
-            return model(x, context, token_rows, modulations[step], rotary)
-
-        return predict
+        return Predictor(model, (context, token_rows, rotary), modulations)
 
     def decode(self, x: Tensor, size: Size) -> Tensor:
         z = unpatchify(x, (size.height // self.patch, size.width // self.patch), (2, 2))

@@ -22,7 +22,7 @@ from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.kernels.residual import residual_norm
 from sgl_diffusion.models.config import demand, read_config
-from sgl_diffusion.models.family import AttentionFn, Condition, Defaults, Guidance, Predict, Preset, Size
+from sgl_diffusion.models.family import AttentionFn, Condition, Defaults, Guidance, Predictor, Preset, Size
 from sgl_diffusion.models.layers import Linear, Residual, RMSNormWeight, TimestepEmbedding, rotary_table
 
 # B batch  T text tokens  L video tokens  H heads  K head dim  D = H * K width  P = K / 2 rotary pairs
@@ -288,9 +288,9 @@ class WanTransformer(nn.Module):
         text_BTD = self.condition_embedder.text_embedder(text_BTC)
         return [cast(Block, block).attn2.read(text_BTD) for block in self.blocks]
 
-    def forward(self, x_BCFYX: Tensor, text: Sequence[TextHeads], modulation: Modulation, rotary: Rotary) -> Tensor:
+    def forward(self, x_BCFYX: Tensor, modulation: Modulation, text: Sequence[TextHeads], rotary: Rotary) -> Tensor:
         """Velocity, in the shape of the state."""
-        stream = Residual(self.patch_embedding(x_BCFYX))
+        stream = Residual(self.patch_embedding(x_BCFYX.to(self.proj_out.weight.dtype)))
         for block, text_heads, vectors_61D in zip(self.blocks, text, modulation.block_N61D, strict=True):
             block(stream, text_heads, vectors_61D, rotary)
         shift, scale = modulation.out_21D
@@ -354,17 +354,13 @@ class Wan:
         x = torch.cat([torch.randn(_latent_shape(size), generator=g, dtype=torch.float32) for g in generators])
         return x.to(self.transformer.proj_out.weight.device)
 
-    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predict:
+    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predictor:
         model, text = self.transformer, condition.tensors["encoder_hidden_states"]
         dtype, device = model.proj_out.weight.dtype, text.device
         text_heads = model.read(text.to(dtype))
         rotary = model.rotary(_grid(_latent_shape(size)), device)
         modulations = model.modulate((torch.tensor(sigmas[:-1]) * TIMESTEPS).to(device))
-
-        def predict(x: Tensor, step: int) -> Tensor:
-            return model(x.to(dtype), text_heads, modulations[step], rotary)
-
-        return predict
+        return Predictor(model, (text_heads, rotary), modulations)
 
 
 def _latent_shape(size: Size) -> tuple[int, ...]:

@@ -47,7 +47,12 @@ def _is_true(value: bool) -> bool:
     return value
 
 
+def _as_word(value: Any) -> Any:
+    return str(value).lower() if isinstance(value, bool) else value
+
+
 Strings = Annotated[list[str], BeforeValidator(_as_list)]
+Switch = Annotated[Literal["auto", "true", "false"], BeforeValidator(_as_word)]
 
 
 class Options(BaseModel):
@@ -179,7 +184,12 @@ class AttentionOptions(Options):
 
 
 class CompileOptions(Options):
-    """Compilation"""
+    """Graphs and compilation"""
+
+    enable_cuda_graph: Switch = option(
+        "auto",
+        "Capture a denoising step and replay it: `auto` where that can be done, `true` or an error, `false` never.",
+    )
 
     enable_torch_compile: bool = option(False, "torch.compile the denoiser, block by block.")
 

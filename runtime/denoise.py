@@ -1,26 +1,21 @@
-"""The one denoising loop, and functions that wrap what it calls."""
+"""The one denoising loop, and the step it takes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sgl_diffusion.kernels.sampler import guided_euler_step
-from sgl_diffusion.models.family import Predict
+from sgl_diffusion.models.family import Predictor, Tensors
 
-
-@dataclass(frozen=True)
-class Prediction:
-    """Velocities of one step. With a negative one, `scale` is that of classifier-free guidance (Ho & Salimans 2022)."""
-
-    positive: Tensor
-    negative: Tensor | None = None
-    scale: float = 1.0
+Execute = Callable[..., tuple[Tensor, ...]]
+"""`execute(function, *arguments)`: runs a step, as it stands or as a captured graph."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +28,50 @@ class Step:
     velocity: Tensor
 
 
-def euler(predict: Callable[[Tensor, int], Prediction], x: Tensor, sigmas: Sequence[float]) -> Iterator[Step]:
-    """x' = x + (sigma' - sigma) * velocity along `sigmas`, one `Step` after each."""
-    for i, (sigma, after) in enumerate(pairwise(sigmas)):
-        p = predict(x, i)
-        velocity = p.positive if p.negative is None else torch.empty_like(p.positive)
-        dt = float(np.float32(after) - np.float32(sigma))
-        guided = None if p.negative is None else velocity
-        x = guided_euler_step(x, p.positive, dt, negative=p.negative, scale=p.scale, velocity_out=guided)
+@dataclass(frozen=True)
+class EulerStep:
+    """x' = x + (sigma' - sigma) * velocity, a pure function of tensors on one device.
+
+    With a negative branch, the velocity is negative + scale * (positive - negative): classifier-free guidance
+    (Ho & Salimans 2022), combined by the kernel that takes the step.
+    """
+
+    positive: Callable[..., Tensor]
+    negative: Callable[..., Tensor] | None = None
+    scale: float = 1.0
+
+    def __call__(self, x: Tensor, dt: Tensor, positive: Tensors, negative: Tensors = None) -> tuple[Tensor, Tensor]:
+        """The state after the step, and the velocity. dt is 0-d in fp32; the rest are arguments of the branches."""
+        velocity = self.positive(x, *positive)
+        if self.negative is None:
+            return guided_euler_step(x, velocity, dt), velocity
+        guided = torch.empty_like(velocity)
+        against = self.negative(x, *negative)
+        x = guided_euler_step(x, velocity, dt, negative=against, scale=self.scale, velocity_out=guided)
+        return x, guided
+
+
+def eager(function: Callable[..., Any], *arguments: Tensors) -> tuple[Tensor, ...]:
+    """Runs a step as it stands."""
+    result: tuple[Tensor, ...] = function(*arguments)
+    return result
+
+
+def euler(
+    x: Tensor,
+    sigmas: Sequence[float],
+    positive: Predictor,
+    negative: Predictor | None = None,
+    scale: float = 1.0,
+    execute: Execute = eager,
+) -> Iterator[Step]:
+    """Integrates from the first sigma to the last, one `Step` after each. `scale` is that of guidance, with a negative.
+
+    What steps differ in lies on the device before the first: a step moves nothing between host and device.
+    """
+    step = EulerStep(positive.call, negative.call if negative else None, scale)
+    dts = torch.tensor([float(np.float32(b) - np.float32(a)) for a, b in pairwise(sigmas)], device=x.device)
+    branches = [branch for branch in (positive, negative) if branch is not None]
+    for i, after in enumerate(sigmas[1:]):
+        x, velocity = execute(step, x, dts[i], *((branch.steps[i], *branch.request) for branch in branches))
         yield Step(i, after, x, velocity)
-
-
-def alone(predict: Predict) -> Callable[[Tensor, int], Prediction]:
-    """One branch, no guidance beside what the model has embedded."""
-    return lambda x, step: Prediction(predict(x, step))
-
-
-def with_true_cfg(predict: Predict, predict_negative: Predict, scale: float) -> Callable[[Tensor, int], Prediction]:
-    """negative + scale * (positive - negative), combined by the step itself."""
-    return lambda x, step: Prediction(predict(x, step), predict_negative(x, step), scale)

@@ -21,6 +21,7 @@ from sgl_diffusion.runtime.attention import Attention
 from sgl_diffusion.runtime.encoders import dummy_encoder, load_encoder, load_tokenizer
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, StageFinished, StageStarted, StepDone
+from sgl_diffusion.runtime.graphs import step_graphs
 from sgl_diffusion.runtime.plan import Plan, dtype_name
 from sgl_diffusion.runtime.request import Request
 from sgl_diffusion.runtime.schedulers import FlowMatchEuler
@@ -76,6 +77,8 @@ class NativePipeline:
         self.family = family(parts)
         self.parts = parts
         self.compiled = self._compile() if plan.compile else {}
+        prevented_by = "torch.compile has graphs of its own" if self.compiled else ""
+        self.graphs = step_graphs(args.enable_cuda_graph, plan.device, prevented_by)
 
     def _module(
         self,
@@ -178,17 +181,14 @@ class NativePipeline:
             x = family.noise(size, [torch.Generator().manual_seed(s) for s in request.seeds()])
             sigmas = self.scheduler.sigmas(steps, family.image_tokens(size))
             positive = family.predictor(condition, size, guidance, sigmas)
-            predict = denoise.alone(positive)
-            if negative is not None:
-                against = family.predictor(negative, size, guidance, sigmas)
-                predict = denoise.with_true_cfg(positive, against, guidance.true_cfg)
+            against = None if negative is None else family.predictor(negative, size, guidance, sigmas)
         record("initial_latents", x)
         record("timesteps", torch.tensor(sigmas[:-1]) * 1000)
         yield StageFinished("latent_preparation")
 
         yield StageStarted("denoising")
         with watch.span("denoising"):
-            loop = denoise.euler(predict, x, sigmas)
+            loop = denoise.euler(x, sigmas, positive, against, guidance.true_cfg, self.graphs)
             for i in range(steps):
                 with watch.span("denoise_step"):
                     step = next(loop)
@@ -219,6 +219,7 @@ class NativePipeline:
             "precision": {key: dtype_name(d) for key, d in self.plan.dtypes.items()},
             "vae": {"tiling": self.plan.tiles(size), "slicing": self.plan.vae_slicing},
             "compile": self.compiled,
+            "cuda_graph": self.graphs.report(),
             "guidance": {"embedded": guidance.embedded, "true_cfg": guidance.true_cfg},
             "scheduler": type(self.scheduler).__name__,
             "size": [size.height, size.width],

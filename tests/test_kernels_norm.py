@@ -124,6 +124,23 @@ def test_many_groups_and_few_give_the_same() -> None:
             assert isinstance(want, Tensor) and rel_l2(got, want) < 1e-6
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_residual_may_have_groups_where_its_norm_has_none(impl: Any) -> None:
+    x, branch = torch.randn(2, 200, 32, device=DEVICE)
+    gate, group = torch.randn(2, 32, device=DEVICE), (torch.arange(200, device=DEVICE) % 2).int()
+    want = norm_formula((x + gate[group.long()] * branch).double(), "layer", None, None, None, None, None, None)
+    got = residual_norm(x, branch, gate, kind="layer", group=group, impl=impl)
+    assert isinstance(want, Tensor) and rel_l2(got, want) < 1e-6
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_an_fp16_sum_that_is_not_a_number_stays_none(impl: Any) -> None:
+    """Saturation must not turn a broken model into a plausible picture."""
+    x = torch.zeros(2, 32, device=DEVICE, dtype=torch.float16)
+    x[1, 3] = float("nan")
+    assert torch.equal(gate_residual(x, torch.zeros_like(x), None, impl=impl).isnan(), x.isnan())
+
+
 def test_fp8_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     from sgl_diffusion.kernels import launch
 
@@ -149,6 +166,7 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: norm(x3, kind="rms", weight_D=w.to("meta")), "weight_D: on meta, the other tensors are on cpu"),
     (lambda: norm(x3, kind="rms", scale=v, shift=v[:1]), r"shift: shape \(1, 32\), expected \(2, 32\)"),
     (lambda: norm(x3, kind="rms", scale=torch.zeros(4, 32)), "scale: 4 groups, expected a divisor of the 6 rows of x"),
+    (lambda: norm(x3, kind="rms", scale=v[:0]), "scale: 0 groups, expected a divisor of the 6 rows of x"),
     (lambda: norm(x3, kind="rms", scale=v, group=index[:3]), r"group: shape \(3,\), expected \(6,\)"),
     (lambda: norm(x3, kind="rms", scale=v, group=index.long()), "group: dtype int64, expected int32"),
     (lambda: norm(x3, kind="rms", quantize="int4"), "format='int4': expected fp8 or int8"),  # type: ignore[arg-type]
