@@ -8,5 +8,6 @@ FAMILIES: Mapping[str, str] = {
 
 # families whose denoiser alone is native so far: their pipelines run on the diffusers backend
 DENOISERS: Mapping[str, str] = {
+    "QwenImagePipeline": "sgl_diffusion.models.qwen_image:QwenImage",
     "WanPipeline": "sgl_diffusion.models.wan:Wan",
 }

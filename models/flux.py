@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,17 @@ from sgl_diffusion.models.family import (
     Preset,
     Size,
 )
-from sgl_diffusion.models.layers import Linear, Residual, RMSNormWeight, TimestepEmbedding, rotary_table
+from sgl_diffusion.models.layers import (
+    FeedForward,
+    JointAttention,
+    Linear,
+    Residual,
+    RMSNormWeight,
+    Rotary,
+    Rows,
+    TimestepEmbedding,
+    rotary_table,
+)
 from sgl_diffusion.models.text import clip_pooled, t5_hidden
 from sgl_diffusion.models.vae_kl import AutoencoderKL, VaeConfig
 
@@ -63,43 +73,6 @@ class FluxConfig:
 
 
 @dataclass(frozen=True)
-class Rotary:
-    """fp32 tables (L, P) for the joint sequence, text first."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-@dataclass(frozen=True)
-class Rows:
-    """Where the tokens of a batch stand in the residual stream of the double blocks: all text, then all image.
-
-    Each stream of tokens is a contiguous run of rows, so that its linear layers read and write it in place. `group_R`
-    names every row's modulation: those of the text stream by sample, then those of the image stream.
-    """
-
-    batch: int
-    text: int
-    image: int
-    group_R: Tensor
-
-    @classmethod
-    def of(cls, batch: int, text: int, image: int, device: torch.device) -> Rows:
-        groups = torch.arange(2 * batch, dtype=torch.int32)
-        tokens = torch.tensor([text, image]).repeat_interleave(batch)
-        return cls(batch, text, image, groups.repeat_interleave(tokens).to(device))
-
-    def split(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """Views (B, T, D) and (B, I, D)."""
-        first = self.batch * self.text
-        return x_RD[:first].view(self.batch, self.text, -1), x_RD[first:].view(self.batch, self.image, -1)
-
-    def join(self, x_RD: Tensor) -> Tensor:
-        """(B, L, D), text first in every sample; a view where there is one sample."""
-        return x_RD[None] if self.batch == 1 else torch.cat(self.split(x_RD), dim=1)
-
-
-@dataclass(frozen=True)
 class Modulation:
     """Vectors of one step: shift, scale and gate of every half block; for the double blocks of text, then of image."""
 
@@ -108,77 +81,20 @@ class Modulation:
     out_2BD: Tensor  # scale, shift
 
 
-class FeedForward(nn.Module):
-    """D -> 4 D -> D with a tanh GELU; names as `FeedForward.net` of diffusers."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        up, down = Linear(width, MLP_RATIO * width), Linear(MLP_RATIO * width, width)
-        self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])
-
-    def forward(self, x: Tensor, out: Tensor) -> None:
-        up, down = cast(nn.ModuleDict, self.net[0]), self.net[2]
-        down(up["proj"](x, gelu_from=0), out=out)
-
-
-class DoubleAttention(nn.Module):
-    """Weights of the joint attention of a double block (`FluxAttention` with added projections)."""
-
-    packed = {
-        "to_qkv": {"to_q": 1, "to_k": 1, "to_v": 1},
-        "add_qkv_proj": {"add_q_proj": 1, "add_k_proj": 1, "add_v_proj": 1},
-    }
-
-    def __init__(self, config: FluxConfig) -> None:
-        super().__init__()
-        D, K = config.width, config.attention_head_dim
-        self.to_qkv, self.add_qkv_proj = Linear(D, 3 * D), Linear(D, 3 * D)
-        self.norm_q, self.norm_k = RMSNormWeight(K), RMSNormWeight(K)
-        self.norm_added_q, self.norm_added_k = RMSNormWeight(K), RMSNormWeight(K)
-        self.to_out = nn.ModuleList([Linear(D, D)])
-        self.to_add_out = Linear(D, D)
-
-
 class DoubleBlock(nn.Module):
     """Text and image with weights of their own; every pass that treats rows alike runs over both at once."""
 
     def __init__(self, config: FluxConfig, attention: AttentionFn) -> None:
         super().__init__()
-        self.head_shape = (config.num_attention_heads, config.attention_head_dim)
-        self.attention = attention
-        self.attn = DoubleAttention(config)
-        self.ff, self.ff_context = FeedForward(config.width), FeedForward(config.width)
+        D = config.width
+        self.attn = JointAttention(D, config.attention_head_dim, attention)
+        self.ff, self.ff_context = FeedForward(D, MLP_RATIO * D), FeedForward(D, MLP_RATIO * D)
 
     def forward(self, stream: Residual, rows: Rows, modulation_6GD: Tensor, rotary: Rotary) -> None:
         shift, scale, gate, shift2, scale2, gate2 = modulation_6GD
-        text, image = rows.split(stream.norm(scale, shift, rows.group_R))
-        branch = torch.empty_like(stream.x)
-        text_out, image_out = rows.split(branch)
-
-        mixed_BLD, a = self.mix(text, image, rotary), self.attn
-        a.to_add_out(mixed_BLD[:, : rows.text], out=text_out)
-        a.to_out[0](mixed_BLD[:, rows.text :], out=image_out)
-        stream.add(branch, gate)
-
-        text, image = rows.split(stream.norm(scale2, shift2, rows.group_R))
-        branch = torch.empty_like(stream.x)
-        text_out, image_out = rows.split(branch)
-        self.ff_context(text, text_out)
-        self.ff(image, image_out)
-        stream.add(branch, gate2)
-
-    def mix(self, text: Tensor, image: Tensor, rotary: Rotary) -> Tensor:
-        """Joint attention, (B, L, D); both streams write their rows of one Q, K and V, so nothing is concatenated."""
-        a, B, L = self.attn, text.shape[0], text.shape[1] + image.shape[1]
-        text_qkv = a.add_qkv_proj(text).unflatten(-1, (3, *self.head_shape))
-        image_qkv = a.to_qkv(image).unflatten(-1, (3, *self.head_shape))
-        q, k, v = torch.empty((3, B, L, *self.head_shape), dtype=text.dtype, device=text.device)
-        streams = [
-            Stream(text_qkv, a.norm_added_q.weight, a.norm_added_k.weight),
-            Stream(image_qkv, a.norm_q.weight, a.norm_k.weight),
-        ]
-        qk_norm_rope(streams, rotary.cos, rotary.sin, q, k, v)
-        return self.attention(q, k, v).flatten(2)
+        stream.add(self.attn(stream.norm(scale, shift, rows.group_R), rows, rotary), gate)
+        normed_RD = stream.norm(scale2, shift2, rows.group_R)
+        stream.add(rows.apply(self.ff_context, self.ff, normed_RD), gate2)
 
 
 class SingleAttention(nn.Module):
@@ -420,7 +336,7 @@ class Flux1:
         B, T = text.shape[:2]
         context = model.context_embedder(text.to(dtype))
         rotary = model.rotary(T, rows, columns, device)
-        token_rows = Rows.of(B, T, rows * columns, device)
+        token_rows = Rows.of(B, T, rows * columns, B, device)
         # the roundings of diffusers, step by step: thousandths in the model's dtype, down and up again
         t_S = (torch.tensor(sigmas[:-1]) * TIMESTEPS).to(dtype) / TIMESTEPS * TIMESTEPS
         strength = None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,12 @@ from torch import Tensor, nn
 
 from sgl_diffusion.kernels.gemm import gemm
 from sgl_diffusion.kernels.norm import norm
+from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.kernels.residual import gate_residual, residual_norm
+from sgl_diffusion.models.family import AttentionFn
+
+# B batch  T text tokens  I image tokens  L = T + I  R = B * L rows  H heads  K head dim  D = H * K width
+# P = K / 2 rotary pairs  G groups of rows with one modulation
 
 
 class Linear(nn.Linear):
@@ -71,6 +78,117 @@ class RMSNormWeight(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a tanh GELU between them; names as `FeedForward.net` of diffusers."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        up, down = Linear(width, hidden), Linear(hidden, width)
+        self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])
+
+    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
+        up, down = cast(nn.ModuleDict, self.net[0]), self.net[2]
+        return cast(Tensor, down(up["proj"](x, gelu_from=0), out=out))
+
+
+# -- two streams of tokens that attend jointly --------------------------------------
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Where the tokens of a batch stand in a residual stream (R, D) of text and image: all text, then all image.
+
+    Each stream of tokens is a contiguous run of rows, so that its linear layers read and write it in place. `group_R`
+    names every row's modulation: those of the text stream, then those of the image stream.
+    """
+
+    batch: int
+    text: int
+    image: int
+    group_R: Tensor
+
+    @classmethod
+    def of(cls, batch: int, text: int, image: int, vectors: int, device: torch.device) -> Rows:
+        """`vectors` each stream has of a kind: one for every sample, or one that all samples share."""
+        groups = torch.arange(2 * vectors, dtype=torch.int32).view(2, vectors).expand(2, batch)
+        tokens = torch.tensor([text, image]).repeat_interleave(batch)
+        return cls(batch, text, image, groups.flatten().repeat_interleave(tokens).to(device))
+
+    def split(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
+        """Views (B, T, D) and (B, I, D)."""
+        first = self.batch * self.text
+        return x_RD[:first].view(self.batch, self.text, -1), x_RD[first:].view(self.batch, self.image, -1)
+
+    def join(self, x_RD: Tensor) -> Tensor:
+        """(B, L, D), text first in every sample; a view where there is one sample."""
+        return x_RD[None] if self.batch == 1 else torch.cat(self.split(x_RD), dim=1)
+
+    def image_of(self, stream: Residual) -> Residual:
+        """The image tokens (B, I, D) of a stream whose samples share their vectors."""
+        _, x = self.split(stream.x)
+        if stream.branch is None or stream.gate is None:
+            return Residual(x)
+        return Residual(x, self.split(stream.branch)[1], stream.gate[1:])
+
+    def apply(self, to_text: Callable[..., Tensor], to_image: Callable[..., Tensor], x_RD: Tensor) -> Tensor:
+        """A layer for each stream, (..., D) -> (..., D), which write their rows of one result in place."""
+        (text, image), y_RD = self.split(x_RD), torch.empty_like(x_RD)
+        text_out, image_out = self.split(y_RD)
+        to_text(text, out=text_out)
+        to_image(image, out=image_out)
+        return y_RD
+
+
+@dataclass(frozen=True)
+class Rotary:
+    """fp32 tables (L, P) for the joint sequence, text first."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+class JointAttention(nn.Module):
+    """Attention over text and image, each with weights of its own (diffusers' attention with added projections)."""
+
+    packed = {
+        "to_qkv": {"to_q": 1, "to_k": 1, "to_v": 1},
+        "add_qkv_proj": {"add_q_proj": 1, "add_k_proj": 1, "add_v_proj": 1},
+    }
+
+    def __init__(self, width: int, head_dim: int, attention: AttentionFn) -> None:
+        super().__init__()
+        D, K = width, head_dim
+        self.head_shape, self.attention = (D // K, K), attention
+        self.to_qkv, self.add_qkv_proj = Linear(D, 3 * D), Linear(D, 3 * D)
+        self.norm_q, self.norm_k = RMSNormWeight(K), RMSNormWeight(K)
+        self.norm_added_q, self.norm_added_k = RMSNormWeight(K), RMSNormWeight(K)
+        self.to_out = nn.ModuleList([Linear(D, D)])
+        self.to_add_out = Linear(D, D)
+
+    def forward(self, x_RD: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
+        mixed_BLD, y_RD = self.mix(*rows.split(x_RD), rotary), torch.empty_like(x_RD)
+        text_out, image_out = rows.split(y_RD)
+        self.to_add_out(mixed_BLD[:, : rows.text], out=text_out)
+        self.to_out[0](mixed_BLD[:, rows.text :], out=image_out)
+        return y_RD
+
+    def mix(self, text_BTD: Tensor, image_BID: Tensor, rotary: Rotary) -> Tensor:
+        """(B, L, D). Both streams write their rows of one Q, K and V, so nothing is concatenated."""
+        B, L = len(text_BTD), text_BTD.shape[1] + image_BID.shape[1]
+        text_qkv = self.add_qkv_proj(text_BTD).unflatten(-1, (3, *self.head_shape))
+        image_qkv = self.to_qkv(image_BID).unflatten(-1, (3, *self.head_shape))
+        q, k, v = torch.empty((3, B, L, *self.head_shape), dtype=text_BTD.dtype, device=text_BTD.device)
+        streams = [
+            Stream(text_qkv, self.norm_added_q.weight, self.norm_added_k.weight),
+            Stream(image_qkv, self.norm_q.weight, self.norm_k.weight),
+        ]
+        qk_norm_rope(streams, rotary.cos, rotary.sin, q, k, v)
+        return self.attention(q, k, v).flatten(2)
+
+
+# -- tables -------------------------------------------------------------------------
 
 
 def rotary_table(positions_L: Tensor, width: int, theta: float) -> tuple[Tensor, Tensor]:

@@ -33,6 +33,15 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "axes_dims_rope": [8, 12, 12],
         "guidance_embeds": True,
     },
+    "QwenImagePipeline": {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 2,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": [8, 12, 12],
+    },
     "WanPipeline": {
         "in_channels": 16,
         "num_layers": 1,
@@ -45,9 +54,10 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
 }
 CONDITIONS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "FluxPipeline": {"pooled_projections": (16,), "encoder_hidden_states": (5, 24)},
+    "QwenImagePipeline": {"encoder_hidden_states": (5, 24)},
     "WanPipeline": {"encoder_hidden_states": (5, 24)},
 }
-SIZES = {"FluxPipeline": Size(48, 32), "WanPipeline": Size(48, 32, 5)}
+SIZES = {"FluxPipeline": Size(48, 32), "QwenImagePipeline": Size(48, 32), "WanPipeline": Size(48, 32, 5)}
 BATCH = 2
 
 
