@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -135,21 +134,18 @@ def count_diffusers(family: type[Family], preset: Preset, size: Size, arch: str)
 
 
 def find(model: str) -> tuple[type[Family], Preset]:
-    """A preset by its hub id, or by the short form of its name: letters and digits in lower case, with hyphens."""
+    """A preset by its hub id, or by its name in small letters, with or without the dots of its version."""
     known = {}
     for path in {**FAMILIES, **DENOISERS}.values():
         module, _, name = path.partition(":")
         family: type[Family] = getattr(importlib.import_module(module), name)
         for hub_id, preset in family.presets().items():
-            known[hub_id] = known[_short(hub_id)] = (family, preset)
+            short = hub_id.rpartition("/")[2].lower().removesuffix("-diffusers")
+            known[hub_id] = known[short] = known[short.replace(".", "")] = (family, preset)
     if model not in known:
-        short = [name for name in known if "/" not in name]
-        raise UserError(f"model={model}: expected one of {', '.join(short)}{nearest(model, short)}")
+        short_names = [name for name in known if "/" not in name]
+        raise UserError(f"model={model}: expected one of {', '.join(short_names)}{nearest(model, short_names)}")
     return known[model]
-
-
-def _short(hub_id: str) -> str:
-    return re.sub(r"[^a-z0-9-]", "", hub_id.rpartition("/")[2].lower()).removesuffix("-diffusers")
 
 
 def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:

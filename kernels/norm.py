@@ -149,8 +149,8 @@ def launch_norm(
         y = torch.empty(x.shape, dtype=DTYPES[quantize] if quantize else x.dtype, device=x.device)
     if quantize:
         row_scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    groups = max((len(v) for v in vectors.values() if v is not None), default=1)
     gate, scale, shift = (vectors.get(name) for name in ("gate", "scale", "shift"))
+    groups = groups_of({name: v for name, v in vectors.items() if v is not None})
     with launch.on_device(x):
         _norm_kernel[(L, B)](
             x, *_strides(x), branch, *_strides(branch), total, *_strides(total),
@@ -167,6 +167,11 @@ def launch_norm(
 def _strides(x: Tensor | None) -> tuple[int, int]:
     """Of samples and of rows."""
     return (0, 0) if x is None else (x.stride(0), x.stride(1)) if x.ndim == 3 else (0, x.stride(0))
+
+
+def groups_of(vectors: dict[str, Tensor]) -> int:
+    """Of rows with one modulation, by the first of the vectors; all rows are one group where there are none."""
+    return len(next(iter(vectors.values()))) if vectors else 1
 
 
 def _row_stride(vectors_GD: Tensor | None) -> int:
@@ -191,7 +196,7 @@ def check(
     given = {name: v for name, v in vectors.items() if v is not None}
     launch.check_float(x, **given)
     launch.check_last_dim(x=x, **given)
-    G = max((len(v) for v in given.values()), default=1)
+    G = groups_of(given)
     launch.check_shape((G, D), **given)
     if G == 0 or (group is None and R % G):
         raise ValueError(f"{next(iter(given))}: {G} groups, expected a divisor of the {R} rows of x")

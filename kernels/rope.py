@@ -133,9 +133,10 @@ def per_token(x_BLHK: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]
     launch.check_float(x_BLHK, cos=cos, sin=sin)
     launch.check_dtype(torch.float32, cos=cos, sin=sin)
     launch.check_shape(tuple(cos.shape), sin=sin)
-    allowed = [(L, K // 2), (B, L, K // 2), (B, L, H, K // 2), (1, L, K // 2), (1, L, H, K // 2)]
-    if tuple(cos.shape) not in allowed:
-        raise ValueError(f"cos: shape {tuple(cos.shape)}, expected {', '.join(map(str, allowed[:3]))}")
+    samples, *rest = cos.shape if cos.ndim > 2 else (1, *cos.shape)
+    if samples not in (1, B) or rest != ([L, K // 2] if cos.ndim < 4 else [L, H, K // 2]):
+        allowed = f"{(L, K // 2)}, {(B, L, K // 2)}, {(B, L, H, K // 2)}"
+        raise ValueError(f"cos: shape {tuple(cos.shape)}, expected {allowed}")
     launch.check_last_dim(cos=cos, sin=sin)
     if cos.stride() != sin.stride():
         raise ValueError(f"sin: strides {sin.stride()}, expected those of cos, {cos.stride()}")

@@ -168,7 +168,7 @@ class Watch(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("model", ["flux1-dev", "flux1-schnell", "wan21-t2v-13b"])
+@pytest.mark.parametrize("model", ["flux1-dev", "flux1-schnell", "wan2.1-t2v-1.3b"])
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "cfg"])
 def test_a_step_waits_for_nothing_moves_nothing_and_makes_the_same_every_time(model: str, guided: bool) -> None:
     """At true size on shape-only tensors, which take the path of a GPU's."""

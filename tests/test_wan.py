@@ -185,7 +185,7 @@ def test_presets_are_the_published_sizes() -> None:
 
 @pytest.mark.parametrize(
     ("model", "blocks", "diffusers_total"),
-    [("wan21-t2v-14b", 40, 2433), ("wan21-t2v-13b", 30, 1833)],
+    [("wan21-t2v-14b", 40, 2433), ("wan2.1-t2v-1.3b", 30, 1833)],
 )
 def test_a_step_takes_few_launches(tmp_path: Path, model: str, blocks: int, diffusers_total: int) -> None:
     """13 launches a block, where diffusers takes 60."""
