@@ -2,7 +2,7 @@
 
 Shapes: latents of any one shape, (B, ...) or (B, ..., C); dt and scale are numbers.
 Why: what a flow-matching sampler does between two calls of the model, in one launch (rescaled over a sample: two)
-instead of up to ten; dt may live on the GPU, so that a captured step replays with that of another step.
+instead of up to ten; dt and scale may live on the GPU, so that a captured step replays with those of another.
 """
 
 from __future__ import annotations
@@ -21,6 +21,12 @@ PASSES_PER_PART = 4  # blocks a program reads for the moments of a sample
 
 
 @triton.jit
+def _number(value, IN_MEMORY: tl.constexpr):
+    """A number, or the one that a pointer points to."""
+    return tl.load(value) if IN_MEMORY else value
+
+
+@triton.jit
 def _guided(positive_ptr, negative_ptr, at, live, scale):
     """The conditional prediction and the guided one."""
     positive = tl.load(positive_ptr + at, mask=live, other=0.0).to(tl.float32)
@@ -32,17 +38,19 @@ def _guided(positive_ptr, negative_ptr, at, live, scale):
 
 
 @triton.jit
-def _step(x_ptr, velocity, dt, out_ptr, velocity_ptr, at, live, DT_IN_MEMORY: tl.constexpr):
+def _step(x_ptr, velocity, dt, out_ptr, velocity_ptr, at, live):
     x = tl.load(x_ptr + at, mask=live, other=0.0).to(tl.float32)
-    step = tl.load(dt) if DT_IN_MEMORY else dt
-    tl.store(out_ptr + at, (x + step * velocity).to(out_ptr.dtype.element_ty), mask=live)
+    tl.store(out_ptr + at, (x + dt * velocity).to(out_ptr.dtype.element_ty), mask=live)
     if velocity_ptr is not None:
         tl.store(velocity_ptr + at, velocity.to(velocity_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def _guidance_moments_kernel(positive_ptr, negative_ptr, moments_ptr, scale, N, span, BLOCK: tl.constexpr):
+def _guidance_moments_kernel(
+    positive_ptr, negative_ptr, moments_ptr, scale, N, span, SCALE_IN_MEMORY: tl.constexpr, BLOCK: tl.constexpr
+):
     """Count, and mean and sum of squared deviations of both predictions, of one part of a sample."""
+    scale = _number(scale, SCALE_IN_MEMORY)
     b, part = tl.program_id(0), tl.program_id(1)
     lane = tl.arange(0, BLOCK)
     count = tl.zeros((BLOCK,), tl.float32)
@@ -72,16 +80,16 @@ def _guidance_moments_kernel(positive_ptr, negative_ptr, moments_ptr, scale, N, 
 @triton.jit
 def _guided_step_kernel(
     x_ptr, positive_ptr, negative_ptr, out_ptr, velocity_ptr, moments_ptr,
-    dt,  # a number, or a pointer to one
-    scale, rescale, N, parts,
-    DT_IN_MEMORY: tl.constexpr, MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,
+    dt, scale,  # numbers, or pointers to them
+    rescale, N, parts,
+    DT_IN_MEMORY: tl.constexpr, SCALE_IN_MEMORY: tl.constexpr, MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,
 ):
     """One block of one sample; all samples count as one where none needs its moments."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     live = i < N
     b = tl.program_id(1).to(tl.int64)
     at = b * N + i
-    _, velocity = _guided(positive_ptr, negative_ptr, at, live, scale)
+    _, velocity = _guided(positive_ptr, negative_ptr, at, live, _number(scale, SCALE_IN_MEMORY))
     if moments_ptr is not None:
         p = tl.arange(0, MAX_PARTS)
         moments = moments_ptr + (b * parts + p) * 5
@@ -93,30 +101,30 @@ def _guided_step_kernel(
         _, _, squares_all = combined_moments(count, mean, squares)
         _, _, guided_squares_all = combined_moments(count, guided_mean, guided_squares)
         velocity *= rescale * tl.sqrt(squares_all / guided_squares_all) + (1.0 - rescale)
-    _step(x_ptr, velocity, dt, out_ptr, velocity_ptr, at, live, DT_IN_MEMORY)
+    _step(x_ptr, velocity, _number(dt, DT_IN_MEMORY), out_ptr, velocity_ptr, at, live)
 
 
 @triton.jit
 def _guided_token_step_kernel(
     x_ptr, positive_ptr, negative_ptr, out_ptr, velocity_ptr, dt, scale, R, C,
-    DT_IN_MEMORY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    DT_IN_MEMORY: tl.constexpr, SCALE_IN_MEMORY: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):
     """Some tokens; the guided prediction of each gets the length of its conditional one."""
     r = (tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R))[:, None]
     c = tl.arange(0, BLOCK_C)[None, :]
     at, live = r * C + c, (r < R) & (c < C)
-    positive, velocity = _guided(positive_ptr, negative_ptr, at, live, scale)
+    positive, velocity = _guided(positive_ptr, negative_ptr, at, live, _number(scale, SCALE_IN_MEMORY))
     length = tl.sqrt(tl.sum(positive * positive, axis=1))[:, None]
     guided_length = tl.sqrt(tl.sum(velocity * velocity, axis=1))[:, None]
     # rows beyond the last have length 0
     velocity *= length / tl.where(r < R, guided_length, 1.0)
-    _step(x_ptr, velocity, dt, out_ptr, velocity_ptr, at, live, DT_IN_MEMORY)
+    _step(x_ptr, velocity, _number(dt, DT_IN_MEMORY), out_ptr, velocity_ptr, at, live)
 
 
 def guided_euler_step(
-    x: Tensor, positive: Tensor, dt: float | Tensor, *, negative: Tensor | None = None, scale: float = 1.0,
-    rescale: float = 0.0, per_token_norm: bool = False, velocity_out: Tensor | None = None,
-    impl: launch.Impl = "auto",
+    x: Tensor, positive: Tensor, dt: float | Tensor, *, negative: Tensor | None = None,
+    scale: float | Tensor = 1.0, rescale: float = 0.0, per_token_norm: bool = False,
+    velocity_out: Tensor | None = None, impl: launch.Impl = "auto",
 ) -> Tensor:  # fmt: skip
     """Classifier-free guidance and one Euler step: a new contiguous tensor in the dtype of x.
 
@@ -124,7 +132,7 @@ def guided_euler_step(
         x, positive, negative: one shape, any float dtypes and strides. Without `negative`, the prediction is `positive`
             and there is nothing to scale back.
         dt: sigma' - sigma, as a Python float or a 0-d fp32 tensor on the device of x.
-        scale: of guidance; 1 is none.
+        scale: of guidance, as dt; 1 is none.
         rescale: share of the guided prediction that is brought to the standard deviation of `positive`, both taken
             over a whole sample (Lin et al. 2023, section 3.4).
         per_token_norm: brings the guided prediction to the length of `positive`, token by token; the last dimension
@@ -134,7 +142,7 @@ def guided_euler_step(
         ValueError: a shape, dtype, device or stride that does not fit, or both ways of scaling back.
     Source: `FlowMatchEulerDiscreteScheduler.step`, `rescale_noise_cfg` and the true-guidance pipelines of diffusers.
     """
-    _check_step(x, positive, dt, negative, rescale, per_token_norm, velocity_out)
+    _check_step(x, positive, dt, negative, scale, rescale, per_token_norm, velocity_out)
     if not launch.runs_triton(impl, x):
         return guided_euler_step_reference(
             x, positive, dt, negative=negative, scale=scale, rescale=rescale, per_token_norm=per_token_norm,
@@ -146,15 +154,16 @@ def guided_euler_step(
     out = torch.empty_like(x)
     tiles = launch.tile("guided_euler_step")
     block, max_parts, options = tiles.pop("BLOCK"), tiles.pop("MAX_PARTS"), {"enable_fp_fusion": True, **tiles}
-    in_memory = isinstance(dt, Tensor)
+    in_memory = {"SCALE_IN_MEMORY": isinstance(scale, Tensor)}
+    scale = scale if isinstance(scale, Tensor) else float(scale)
     with launch.on_device(x):
         if per_token_norm and negative is not None:
             C = x.shape[-1]
             R, block_c = x.numel() // C, triton.next_power_of_2(C)
             block_r = max(1, block // block_c)
             _guided_token_step_kernel[(triton.cdiv(R, block_r),)](
-                x, positive, negative, out, velocity_out, dt, float(scale), R, C,
-                DT_IN_MEMORY=in_memory, BLOCK_R=block_r, BLOCK_C=block_c, **options,
+                x, positive, negative, out, velocity_out, dt, scale, R, C,
+                DT_IN_MEMORY=isinstance(dt, Tensor), **in_memory, BLOCK_R=block_r, BLOCK_C=block_c, **options,
             )  # fmt: skip
             return out
         B, N, parts, moments = 1, x.numel(), 1, None
@@ -164,17 +173,17 @@ def guided_euler_step(
             span = triton.cdiv(triton.cdiv(N, parts), block) * block
             moments = x.new_empty(B, parts, 5, dtype=torch.float32)
             _guidance_moments_kernel[(B, parts)](
-                positive, negative, moments, float(scale), N, span, BLOCK=block, **options
+                positive, negative, moments, scale, N, span, BLOCK=block, **in_memory, **options
             )
         _guided_step_kernel[(triton.cdiv(N, block), B)](
-            x, positive, negative, out, velocity_out, moments, dt, float(scale), float(rescale), N, parts,
-            DT_IN_MEMORY=in_memory, MAX_PARTS=max_parts, BLOCK=block, **options,
+            x, positive, negative, out, velocity_out, moments, dt, scale, float(rescale), N, parts,
+            DT_IN_MEMORY=isinstance(dt, Tensor), **in_memory, MAX_PARTS=max_parts, BLOCK=block, **options,
         )  # fmt: skip
     return out
 
 
 def _check_step(
-    x: Tensor, positive: Tensor, dt: float | Tensor, negative: Tensor | None,
+    x: Tensor, positive: Tensor, dt: float | Tensor, negative: Tensor | None, scale: float | Tensor,
     rescale: float, per_token_norm: bool, velocity_out: Tensor | None,
 ) -> None:  # fmt: skip
     optional = {"negative": negative, "velocity_out": velocity_out}
@@ -187,22 +196,24 @@ def _check_step(
         raise ValueError(f"x: shape {tuple(x.shape)}, expected (B, ...)")
     if rescale and per_token_norm:
         raise ValueError(f"per_token_norm=True: expected False with rescale={rescale}, which scales back as well")
-    if isinstance(dt, Tensor):
-        launch.check_float(x, dt=dt)
-        launch.check_shape((), dt=dt)
-        launch.check_dtype(torch.float32, dt=dt)
+    numbers = {name: t for name, t in {"dt": dt, "scale": scale}.items() if isinstance(t, Tensor)}
+    launch.check_float(x, **numbers)
+    launch.check_shape((), **numbers)
+    launch.check_dtype(torch.float32, **numbers)
 
 
 def guided_euler_step_reference(
-    x: Tensor, positive: Tensor, dt: float | Tensor, *, negative: Tensor | None = None, scale: float = 1.0,
-    rescale: float = 0.0, per_token_norm: bool = False, velocity_out: Tensor | None = None,
+    x: Tensor, positive: Tensor, dt: float | Tensor, *, negative: Tensor | None = None,
+    scale: float | Tensor = 1.0, rescale: float = 0.0, per_token_norm: bool = False,
+    velocity_out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     wide = launch.widen(positive)
     if negative is None:
         velocity = wide
         stepped = torch.mul(velocity, dt)
     else:
-        velocity = torch.lerp(launch.widen(negative), wide, scale)
+        weight = scale.to(wide.dtype) if isinstance(scale, Tensor) else scale
+        velocity = torch.lerp(launch.widen(negative), wide, weight)
         if per_token_norm:
             length, guided_length = (torch.linalg.vector_norm(t, dim=-1, keepdim=True) for t in (wide, velocity))
             velocity.mul_(length.div_(guided_length))
@@ -222,8 +233,8 @@ def _sample_variance(x: Tensor) -> Tensor:
 
 
 def eager_guided_euler_step(
-    x: Tensor, positive: Tensor, dt: float | Tensor, *, negative: Tensor | None, scale: float, rescale: float,
-    per_token_norm: bool, velocity_out: Tensor | None,
+    x: Tensor, positive: Tensor, dt: float | Tensor, *, negative: Tensor | None, scale: float | Tensor,
+    rescale: float, per_token_norm: bool, velocity_out: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """As diffusers runs it."""
     velocity = positive
@@ -243,10 +254,10 @@ def eager_guided_euler_step(
 
 
 def _inputs(
-    device: str, dtype: torch.dtype, N: tuple[int, ...], dt_on: str = "host", guided: bool = True,
+    device: str, dtype: torch.dtype, N: tuple[int, ...], numbers_on: str = "host", guided: bool = True,
     rescale: float = 0.0, per_token_norm: bool = False, keep: bool = False,
 ) -> Inputs:  # fmt: skip
-    dt = -0.0371 if dt_on == "host" else torch.full((), -0.0371, device=device)
+    dt, scale = (n if numbers_on == "host" else torch.full((), n, device=device) for n in (-0.0371, 4.5))
     rows = (*N[:-1], 2 * N[-1])
     return {
         "x": noise(N, dtype, device),
@@ -254,7 +265,7 @@ def _inputs(
         "positive": inside(poisoned(rows, dtype, device), noise(N, dtype, device, 1) + 8, slice(0, N[-1])),
         "dt": dt,
         "negative": noise(N, dtype, device, 2) + 8 if guided else None,
-        "scale": 4.5,
+        "scale": scale,
         "rescale": rescale,
         "per_token_norm": per_token_norm,
         "velocity_out": poisoned(N, dtype, device) if keep else None,
@@ -278,18 +289,19 @@ OP = Op(
     inputs=_inputs,
     tiny=(
         {"N": (1, 1), "guided": False},
-        {"N": (2, 5, 33), "guided": False, "dt_on": "device", "keep": True},
+        {"N": (2, 5, 33), "guided": False, "numbers_on": "device", "keep": True},
         {"N": (2, 5, 33), "keep": True},
         {"N": (2, 3, 5, 7), "rescale": 0.7, "keep": True},
-        {"N": (1, 1100), "rescale": 1.0, "dt_on": "device"},
+        {"N": (1, 1100), "rescale": 1.0, "numbers_on": "device"},
         {"N": (2, 5, 33), "per_token_norm": True, "keep": True},
-        {"N": (1, 1, 64), "per_token_norm": True, "dt_on": "device"},
+        {"N": (1, 1, 64), "per_token_norm": True, "numbers_on": "device"},
+        {"N": (2, 5, 33), "keep": True, "numbers_on": "device"},
     ),
     production=(
-        {"N": (1, 4096, 64), "guided": False},
-        {"N": (1, 16, 21, 60, 104), "dt_on": "device"},
-        {"N": (1, 4096, 64), "per_token_norm": True, "keep": True},
-        {"N": (2, 16, 128, 128), "rescale": 0.7},
+        {"N": (1, 4096, 64), "guided": False, "numbers_on": "device"},
+        {"N": (1, 16, 21, 60, 104), "numbers_on": "device"},
+        {"N": (1, 4096, 64), "per_token_norm": True, "keep": True, "numbers_on": "device"},
+        {"N": (2, 16, 128, 128), "rescale": 0.7, "numbers_on": "device"},
     ),
     cpu=(
         {"N": (1, 16384, 64), "guided": False},

@@ -38,16 +38,17 @@ class EulerStep:
 
     positive: Callable[..., Tensor]
     negative: Callable[..., Tensor] | None = None
-    scale: float = 1.0
 
-    def __call__(self, x: Tensor, dt: Tensor, positive: Tensors, negative: Tensors = None) -> tuple[Tensor, Tensor]:
-        """The state after the step, and the velocity. dt is 0-d in fp32; the rest are arguments of the branches."""
+    def __call__(
+        self, x: Tensor, dt: Tensor, scale: Tensor, positive: Tensors, negative: Tensors = None
+    ) -> tuple[Tensor, Tensor]:
+        """The state after the step, and the velocity. dt and scale are 0-d in fp32; the rest is for the branches."""
         velocity = self.positive(x, *positive)
         if self.negative is None:
             return guided_euler_step(x, velocity, dt), velocity
         guided = torch.empty_like(velocity)
         against = self.negative(x, *negative)
-        x = guided_euler_step(x, velocity, dt, negative=against, scale=self.scale, velocity_out=guided)
+        x = guided_euler_step(x, velocity, dt, negative=against, scale=scale, velocity_out=guided)
         return x, guided
 
 
@@ -69,9 +70,10 @@ def euler(
 
     What steps differ in lies on the device before the first: a step moves nothing between host and device.
     """
-    step = EulerStep(positive.call, negative.call if negative else None, scale)
+    step = EulerStep(positive.call, negative.call if negative else None)
+    strength = torch.tensor(scale, device=x.device)
     dts = torch.tensor([float(np.float32(b) - np.float32(a)) for a, b in pairwise(sigmas)], device=x.device)
     branches = [branch for branch in (positive, negative) if branch is not None]
     for i, after in enumerate(sigmas[1:]):
-        x, velocity = execute(step, x, dts[i], *((branch.steps[i], *branch.request) for branch in branches))
+        x, velocity = execute(step, x, dts[i], strength, *((branch.steps[i], *branch.request) for branch in branches))
         yield Step(i, after, x, velocity)

@@ -62,7 +62,7 @@ def graphed(engine: Engine, recorder: Any) -> StepGraphs:
 
 
 def test_replays_draw_what_eager_steps_draw(engine: Engine) -> None:
-    """One capture serves every prompt and seed of a size; guidance and another size have graphs of their own."""
+    """One capture serves every prompt and seed of a size; guidance of any strength, and another size, have one."""
     graphed(engine, None)
     requests: list[dict[str, Any]] = [
         {"prompt": PROMPTS[0], "seed": 1},
@@ -70,6 +70,7 @@ def test_replays_draw_what_eager_steps_draw(engine: Engine) -> None:
         {"prompt": PROMPTS[0], "seed": 3, "size": 32},
         {"prompt": PROMPTS[1], "seed": 1, "negative_prompt": PROMPTS[0], "true_cfg_scale": 2.0},
         {"prompt": PROMPTS[0], "seed": 9},
+        {"prompt": PROMPTS[0], "seed": 1, "negative_prompt": PROMPTS[1], "true_cfg_scale": 3.0},
     ]
     want = [picture(engine, **request) for request in requests]
     graphs, totals = graphed(engine, Replays()), Counter[str]()
@@ -81,7 +82,7 @@ def test_replays_draw_what_eager_steps_draw(engine: Engine) -> None:
         counts = result.report.effective["cuda_graph"]
         assert counts["eager"] == {}
         totals.update({k: counts[k] for k in ("captures", "replays")})
-    assert totals == {"captures": 3, "replays": 5 * 3 - 3}
+    assert totals == {"captures": 3, "replays": 6 * 3 - 3}
     assert len(graphs._graphs) == 3
 
 
@@ -175,12 +176,12 @@ def test_a_step_waits_for_nothing_moves_nothing_and_makes_the_same_every_time(mo
     family, preset = find(model)
     size = Size(preset.defaults.height, preset.defaults.width, preset.defaults.frames)
     predict, x = on_meta(family, preset, size, "sm_90")
-    step = EulerStep(predict.call, predict.call if guided else None, 2.0)
+    step = EulerStep(predict.call, predict.call if guided else None)
     watches = []
     for i in range(2):
         branches = [(predict.steps[i], *predict.request)] * (2 if guided else 1)
         with counted("sm_90") as launches, Watch() as watch:
-            step(x, torch.empty((), device="meta"), *branches)
+            step(x, *torch.empty(2, device="meta"), *branches)
         watches.append(watch)
         assert launches.total() > 300
     assert watches[0].seen and watches[0].seen == watches[1].seen

@@ -25,7 +25,7 @@ def guided_formula(
     positive: Tensor,
     dt: float | Tensor,
     negative: Tensor | None,
-    scale: float,
+    scale: float | Tensor,
     rescale: float,
     per_token_norm: bool,
     velocity_out: Tensor | None,
@@ -122,6 +122,7 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: guided_euler_step(x3, x3.to("meta"), 0.1), "positive: on meta, the other tensors are on cpu"),
     (lambda: guided_euler_step(x3, x3, torch.zeros(1)), r"dt: shape \(1,\), expected \(\)"),
     (lambda: guided_euler_step(x3, x3, torch.zeros((), dtype=torch.float16)), "dt: dtype float16, expected float32"),
+    (lambda: guided_euler_step(x3, x3, 0.1, negative=x3, scale=torch.zeros(1)), r"scale: shape \(1,\), expected \(\)"),
     (lambda: guided_euler_step(x3, x3, 0.1, velocity_out=x3[0]), "velocity_out: shape"),
     (
         lambda: guided_euler_step(x3, x3, 0.1, velocity_out=torch.zeros(2, 8, 3).mT),
