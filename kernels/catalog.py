@@ -1,4 +1,4 @@
-"""The only list of operations. Tests, AOT checks, benchmarks and docs read it; the runtime never does."""
+"""The only list of operations. Tests, AOT checks, benchmarks, docs and accounting read it; a run does not."""
 
 from __future__ import annotations
 

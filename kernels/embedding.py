@@ -114,7 +114,7 @@ Size = tuple[int, ...]
 """(frames, height, width), or (height, width) for one frame."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["TOKENS", "GRID_H"])
 def _patches_kernel(
     image_ptr, tokens_ptr, TOKENS, D, C, GRID_T, GRID_H, GRID_W,
     PATCH_T: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,

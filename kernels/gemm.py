@@ -143,7 +143,7 @@ def gemm_reference(
     if gate is None:
         return torch.add(y, residual, out=out)
     y, residual, grouped = (t.view(gate.shape[0], -1, gate.shape[1]) for t in (y, residual, out))
-    if y.is_cpu:
+    if launch.on_cpu(y):
         # `addcmul` with a broadcast factor leaves the vectorised path there and takes three times as long
         torch.add(launch.widen(y).mul_(launch.widen(gate)[:, None]), residual, out=grouped)
     else:

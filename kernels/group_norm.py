@@ -70,7 +70,7 @@ def _moments_kernel(x_ptr, moments_ptr, N, span, BLOCK: tl.constexpr):
     tl.store(out + 2, part_squares)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _normalise_kernel(
     x_ptr, moments_ptr, weight_ptr, bias_ptr, y_ptr, HW, C, channels_per_group, parts, eps,
     SILU: tl.constexpr, MAX_PARTS: tl.constexpr, BLOCK: tl.constexpr,

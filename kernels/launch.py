@@ -17,6 +17,7 @@ from typing import Any, Literal
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.jit import JITFunction
 
 Impl = Literal["auto", "triton", "torch"]
 HALF_DTYPES = (torch.bfloat16, torch.float16)
@@ -29,30 +30,70 @@ class Unsupported(ValueError):
 
 # -- which implementation, where --------------------------------------------------
 
+_shapes_stand_for: ContextVar[str] = ContextVar("the kind of device that shape-only tensors stand for", default="cuda")
+
 
 def runs_triton(impl: Impl, x: Tensor) -> bool:
     """auto: Triton for CUDA tensors, and for shape-only ones ("meta"), which stand for them in counts and compile
-    checks; the PyTorch reference for all others.
+    checks unless `rehearsing` says otherwise; the PyTorch reference for all others.
 
     Raises:
         ValueError: an unknown `impl`, or "triton" for CPU tensors outside Triton's interpreter.
     """
     if impl == "auto":
-        return x.is_cuda or x.is_meta
+        return x.is_cuda or (x.is_meta and _shapes_stand_for.get() == "cuda")
     if impl == "torch":
         return False
     if impl != "triton":
         raise ValueError(f"impl={impl!r}: expected auto, triton or torch")
     if x.device.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise ValueError(
-            "impl='triton': the tensors are on the CPU; use impl='torch', or set TRITON_INTERPRET=1"
-        )
+        raise ValueError("impl='triton': the tensors are on the CPU; use impl='torch', or set TRITON_INTERPRET=1")
     return True
+
+
+def on_cpu(x: Tensor) -> bool:
+    """Whether the tensor is on the CPU, or stands for one that is."""
+    return x.is_cpu or (x.is_meta and _shapes_stand_for.get() == "cpu")
 
 
 def on_device(x: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device; this makes it the tensor's. Nothing on the CPU."""
     return torch.cuda.device_of(x)
+
+
+@contextmanager
+def compiling_only() -> Iterator[None]:
+    """Inside the `with`, a launch compiles its kernel and runs nothing: for tensors that are shapes alone."""
+    run = JITFunction.run
+
+    def compile_instead(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    JITFunction.run = compile_instead
+    try:
+        yield
+    finally:
+        JITFunction.run = run
+
+
+@contextmanager
+def rehearsing(device_type: str) -> Iterator[None]:
+    """Inside the `with`, shape-only tensors take the path of tensors on such a device; their launches run nothing."""
+    run = JITFunction.run
+
+    def run_unless_shapes_only(self: Any, *args: Any, **options: Any) -> Any:
+        tensors = (getattr(x, "base", x) for x in args)  # a descriptor's base is its tensor
+        if any(isinstance(x, Tensor) and x.is_meta for x in tensors):
+            return None
+        return run(self, *args, **options)  # another thread's
+
+    JITFunction.run = run_unless_shapes_only
+    token = _shapes_stand_for.set(device_type)
+    try:
+        yield
+    finally:
+        _shapes_stand_for.reset(token)
+        JITFunction.run = run
 
 
 def widen(x: Tensor) -> Tensor:

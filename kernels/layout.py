@@ -48,7 +48,7 @@ def _empty(like: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
 # -- nearest upsampling -----------------------------------------------------------
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["ROWS", "H"])
 def _upsample_rows_kernel(
     x_ptr, y_ptr, ROWS, H, W,
     FACTOR_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_W: tl.constexpr,
@@ -67,7 +67,7 @@ def _upsample_rows_kernel(
             tl.store(y_ptr + out * (2 * W) + w, y, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["PIXELS", "H", "W"])
 def _upsample_pixels_kernel(
     x_ptr, y_ptr, PIXELS, H, W, C,
     FACTOR_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -220,7 +220,7 @@ def norm_reference(
     """Run by run of rows that share their vectors, whose affine norm is one pass in PyTorch."""
     rows, parts = rows_of(x), []
     # on the CPU, half-precision rows take fp32 weights as they are, and round once
-    rows = rows if x.is_cpu and quantize is None else launch.widen(rows)
+    rows = rows if launch.on_cpu(x) and quantize is None else launch.widen(rows)
     for run, g in runs(len(rows), group, scale, shift):
         weight, bias = (None if w is None else launch.widen(w) for w in (weight_D, bias_D))
         if scale is not None:

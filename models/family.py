@@ -16,6 +16,16 @@ Tensors = Any
 """Tensors in tuples, lists and dataclasses, which may hold plain numbers too."""
 
 
+Execute = Callable[..., tuple[Tensor, ...]]
+"""`execute(function, *arguments)`: runs a pure function of tensors, as it stands or as a captured graph."""
+
+
+def eager(function: Callable[..., Any], *arguments: Tensors) -> tuple[Tensor, ...]:
+    """Runs a function as it stands."""
+    result: tuple[Tensor, ...] = function(*arguments)
+    return result
+
+
 @dataclass(frozen=True)
 class Predictor:
     """A denoiser made ready for a request: `predictor(x, step) -> velocity`, both in the shape of the state x.
@@ -113,7 +123,8 @@ class Family(Protocol):
     def check(self, size: Size, guidance: Guidance, max_sequence_length: int) -> None:
         """Raises ValueError for a request this checkpoint cannot honour, naming the field."""
 
-    def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Condition: ...
+    def encode(self, prompts: Sequence[str], max_sequence_length: int, execute: Execute = eager) -> Condition:
+        """Raises PromptTooLong."""
 
     def image_tokens(self, size: Size) -> int:
         """Length of the image sequence the denoiser sees, which dynamic timestep shifting depends on."""

@@ -21,10 +21,12 @@ from sgl_diffusion.models.family import (
     AttentionFn,
     Condition,
     Defaults,
+    Execute,
     Guidance,
     Predictor,
     Preset,
     Size,
+    eager,
 )
 from sgl_diffusion.models.layers import (
     FeedForward,
@@ -280,14 +282,11 @@ class Flux1:
                 "leave it out, or use negative_prompt with true_cfg_scale"
             )
 
-    def encode(self, prompts: Sequence[str], max_sequence_length: int) -> Condition:
+    def encode(self, prompts: Sequence[str], max_sequence_length: int, execute: Execute = eager) -> Condition:
         p = self.parts
-        return Condition(
-            {
-                "pooled_projections": clip_pooled(p["tokenizer"], p["text_encoder"], prompts),
-                "encoder_hidden_states": t5_hidden(p["tokenizer_2"], p["text_encoder_2"], prompts, max_sequence_length),
-            }
-        )
+        pooled = clip_pooled(p["tokenizer"], p["text_encoder"], prompts, execute)
+        hidden = t5_hidden(p["tokenizer_2"], p["text_encoder_2"], prompts, max_sequence_length, execute)
+        return Condition({"pooled_projections": pooled, "encoder_hidden_states": hidden})
 
     @classmethod
     def example(cls, configs: Mapping[str, Mapping[str, Any]]) -> Condition:

@@ -3,27 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from sgl_diffusion.models.family import Execute
 
 
 class PromptTooLong(ValueError):
     """A prompt has more tokens than the encoder reads; what would be cut off is named."""
 
 
-def clip_pooled(tokenizer: Any, encoder: Any, prompts: Sequence[str]) -> Tensor:
+@dataclass(frozen=True)
+class Pooled:
+    """A pure function of token ids on the encoder's device, equal for one encoder: it can be captured."""
+
+    encoder: Any
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor]:
+        return (self.encoder(input_ids=ids).pooler_output,)
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """As `Pooled`, for the last hidden states."""
+
+    encoder: Any
+
+    def __call__(self, ids: Tensor) -> tuple[Tensor]:
+        return (self.encoder(input_ids=ids)[0],)
+
+
+def clip_pooled(tokenizer: Any, encoder: Any, prompts: Sequence[str], execute: Execute) -> Tensor:
     """Pooled CLIP vector (B, C) of each prompt, padded to the tokenizer's length and without a mask.
 
     A longer prompt is cut at that length, as diffusers does: the pooled vector is a summary, and every family that
     reads it also reads the whole prompt through a second encoder.
     """
     ids = _ids(tokenizer, prompts, tokenizer.model_max_length)
-    return encoder(input_ids=ids.to(encoder.device)).pooler_output
+    return execute(Pooled(encoder), ids.to(encoder.device))[0]
 
 
-def t5_hidden(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int) -> Tensor:
+def t5_hidden(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int, execute: Execute) -> Tensor:
     """Last hidden states (B, length, C) of T5, padded to `length` and without a mask: padding is seen, as in training.
 
     Raises:
@@ -37,7 +60,7 @@ def t5_hidden(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int)
                 f"max_sequence_length={length}: the prompt has {len(tokens)} tokens; this would be lost: {lost!r}"
             )
     ids = _ids(tokenizer, prompts, length)
-    return encoder(input_ids=ids.to(encoder.device))[0]
+    return execute(Hidden(encoder), ids.to(encoder.device))[0]
 
 
 def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from sgl_diffusion.kernels.sampler import guided_euler_step
-from sgl_diffusion.models.family import Predictor, Tensors
-
-Execute = Callable[..., tuple[Tensor, ...]]
-"""`execute(function, *arguments)`: runs a step, as it stands or as a captured graph."""
+from sgl_diffusion.models.family import Execute, Predictor, Tensors, eager
 
 
 @dataclass(frozen=True)
@@ -50,12 +46,6 @@ class EulerStep:
         against = self.negative(x, *negative)
         x = guided_euler_step(x, velocity, dt, negative=against, scale=scale, velocity_out=guided)
         return x, guided
-
-
-def eager(function: Callable[..., Any], *arguments: Tensors) -> tuple[Tensor, ...]:
-    """Runs a step as it stands."""
-    result: tuple[Tensor, ...] = function(*arguments)
-    return result
 
 
 def euler(

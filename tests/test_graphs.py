@@ -17,13 +17,15 @@ from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.denoise import EulerStep
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.graphs import CAPACITY, StepGraphs, step_graphs
+from sgl_diffusion.runtime.graphs import CAPACITY, STAGES, Graphs, capturing, make_graphs
 
 CPU = torch.device("cpu")
 
 
 class Replays:
     """As CUDA graphs do: the results stay where they were, and a replay sees nothing but the static arguments."""
+
+    name = "test"
 
     def record(self, function: Any, arguments: Any) -> Any:
         results = function(*arguments)
@@ -36,6 +38,8 @@ class Replays:
 
 
 class CannotRecord:
+    name = "test"
+
     def record(self, function: Any, arguments: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
@@ -55,15 +59,15 @@ def engine() -> Engine:
     return Engine.load(ServerArgs(device="cpu"))
 
 
-def graphed(engine: Engine, recorder: Any) -> StepGraphs:
-    graphs = StepGraphs(recorder)
+def graphed(engine: Engine, recorder: Any, why_not: str = "") -> dict[str, Graphs]:
+    graphs = {stage: Graphs(recorder, why_not) for stage in STAGES}
     engine.backend.graphs = graphs  # type: ignore[union-attr]
     return graphs
 
 
 def test_replays_draw_what_eager_steps_draw(engine: Engine) -> None:
     """One capture serves every prompt and seed of a size; guidance of any strength, and another size, have one."""
-    graphed(engine, None)
+    graphed(engine, None, "eager")
     requests: list[dict[str, Any]] = [
         {"prompt": PROMPTS[0], "seed": 1},
         {"prompt": PROMPTS[1], "seed": 2},
@@ -79,15 +83,65 @@ def test_replays_draw_what_eager_steps_draw(engine: Engine) -> None:
         size = request.get("size", 64)
         result = engine.run(SamplingParams(**params, height=size, width=size, num_inference_steps=3, save_output=False))
         assert np.array_equal(np.asarray(result.outputs[0].image), eager)
-        counts = result.report.effective["cuda_graph"]
-        assert counts["eager"] == {}
-        totals.update({k: counts[k] for k in ("captures", "replays")})
-    assert totals == {"captures": 3, "replays": 6 * 3 - 3}
-    assert len(graphs._graphs) == 3
+        for stage, counts in result.report.effective["cuda_graph"].items():
+            assert counts["eager"] == {}
+            totals.update({f"{stage} {k}": counts[k] for k in ("captures", "replays")})
+    assert totals == {
+        "text_encoding captures": 2,  # one of each encoder; negative prompts are prompts
+        "text_encoding replays": 2 * 8 - 2,
+        "denoising captures": 3,
+        "denoising replays": 6 * 3 - 3,
+        "decoding captures": 2,
+        "decoding replays": 6 - 2,
+    }
+    assert len(graphs["denoising"]._graphs) == 3
+
+
+def test_after_a_warm_up_nothing_new_is_captured(engine: Engine) -> None:
+    graphs = graphed(engine, Replays())
+    with capturing(graphs, shapes=1):
+        picture(engine, PROMPTS[0], 1)
+    for prompt in PROMPTS:
+        params = SamplingParams(prompt=[prompt], height=64, width=64, num_inference_steps=2, save_output=False)
+        effective = engine.run(params).report.effective["cuda_graph"]
+        assert [(c["captures"], c["eager"]) for c in effective.values()] == [(0, {})] * 3
+    small = SamplingParams(prompt=[PROMPTS[0]], height=32, width=32, num_inference_steps=2, save_output=False)
+    effective = engine.run(small).report.effective["cuda_graph"]
+    assert effective["denoising"] == {
+        "captures": 0,
+        "replays": 0,
+        "eager": {"this shape was not warmed up": 2},
+        "recorder": "test",
+    }
+    assert effective["decoding"]["eager"] == {"this shape was not warmed up": 1}
+    assert effective["text_encoding"] == {"captures": 0, "replays": 2, "eager": {}, "recorder": "test"}
+
+
+def test_a_warm_up_keeps_all_that_it_captured() -> None:
+    graphs = {"denoising": Graphs(Replays())}
+    with capturing(graphs, shapes=CAPACITY + 2):
+        for size in range(1, CAPACITY + 3):
+            graphs["denoising"](double, torch.zeros(size))
+    for size in range(1, CAPACITY + 3):
+        graphs["denoising"](double, torch.zeros(size))
+    assert graphs["denoising"].report() == {
+        "captures": CAPACITY + 2,
+        "replays": CAPACITY + 2,
+        "eager": {},
+        "recorder": "test",
+    }
+
+
+def test_graphs_asked_for_are_captured_even_after_a_warm_up() -> None:
+    graphs = {"denoising": Graphs(Replays(), required=True)}
+    with capturing(graphs, shapes=1):
+        graphs["denoising"](double, torch.zeros(1))
+    graphs["denoising"](double, torch.zeros(2))
+    assert graphs["denoising"].report() == {"captures": 2, "replays": 0, "eager": {}, "recorder": "test"}
 
 
 def test_results_outlive_the_next_replay() -> None:
-    graphs = StepGraphs(Replays())
+    graphs = Graphs(Replays())
     results = [graphs(double, torch.full((2,), float(i)))[0] for i in range(4)]
     assert [float(r[0]) for r in results] == [0, 2, 4, 6]
 
@@ -97,7 +151,7 @@ def double(x: Tensor, *rest: Any) -> tuple[Tensor]:
 
 
 def test_few_graphs_are_kept_and_the_oldest_goes() -> None:
-    graphs = StepGraphs(Replays())
+    graphs = Graphs(Replays())
     for size in [*range(1, CAPACITY + 2), 2]:
         graphs(double, torch.zeros(size))
     assert (graphs.captures, graphs.replays) == (CAPACITY + 1, 1)
@@ -106,7 +160,7 @@ def test_few_graphs_are_kept_and_the_oldest_goes() -> None:
 
 
 def test_a_shape_class_is_shapes_dtypes_and_plain_values() -> None:
-    graphs = StepGraphs(Replays())
+    graphs = Graphs(Replays())
     x = torch.zeros(2)
     for arguments in ((x,), (x.bfloat16(),), (x, 1), (x, 2)):
         graphs(double, *arguments)
@@ -116,28 +170,30 @@ def test_a_shape_class_is_shapes_dtypes_and_plain_values() -> None:
 
 
 def test_a_failed_capture_is_told_or_an_error() -> None:
-    graphs = StepGraphs(CannotRecord())
+    graphs = Graphs(CannotRecord())
     for _ in range(2):
         assert float(graphs(double, torch.ones(1))[0]) == 2
     assert graphs.report()["eager"] == {"a capture failed: operation not permitted when stream is capturing": 2}
     with pytest.raises(UserError, match="enable_cuda_graph=true: a capture failed: operation not permitted"):
-        StepGraphs(CannotRecord(), required=True)(double, torch.ones(1))
+        Graphs(CannotRecord(), required=True)(double, torch.ones(1))
 
 
 @pytest.mark.parametrize(
     ("asked", "prevented_by", "why"),
-    [("auto", "", "the device is cpu"), ("false", "", "switched off"), ("auto", "offload", "offload")],
+    [("false", "", "switched off"), ("auto", "offload", "offload"), ("false", "offload", "switched off")],
 )
 def test_the_reason_for_eager_steps_is_reported(asked: str, prevented_by: str, why: str) -> None:
-    graphs = step_graphs(asked, CPU, prevented_by)
+    graphs = make_graphs(asked, Replays(), {"denoising": prevented_by} if prevented_by else {})["denoising"]
     graphs(double, torch.ones(1))
-    assert graphs.report() == {"captures": 0, "replays": 0, "eager": {why: 1}}
-    assert graphs.report() == {"captures": 0, "replays": 0, "eager": {}}
+    assert graphs.report() == {"captures": 0, "replays": 0, "eager": {why: 1}, "recorder": None}
+    assert graphs.report() == {"captures": 0, "replays": 0, "eager": {}, "recorder": None}
 
 
 def test_asked_for_and_not_to_be_had_is_an_error() -> None:
     with pytest.raises(UserError, match="enable_cuda_graph=true: the device is cpu"):
         Engine.load(ServerArgs(device="cpu", enable_cuda_graph="true"))
+    with pytest.raises(UserError, match="enable_cuda_graph=true: weights have no address"):
+        make_graphs("true", Replays(), {"denoising": "weights have no address"})
     assert ServerArgs.model_validate({"enable_cuda_graph": False}).enable_cuda_graph == "false"
 
 
@@ -185,6 +241,19 @@ def test_a_step_waits_for_nothing_moves_nothing_and_makes_the_same_every_time(mo
         watches.append(watch)
         assert launches.total() > 300
     assert watches[0].seen and watches[0].seen == watches[1].seen
+
+
+@pytest.mark.parametrize("stage", ["text_encoding", "decoding"])
+def test_an_encoding_and_a_decode_wait_for_nothing(engine: Engine, stage: str) -> None:
+    class Watched(Graphs):
+        def __call__(self, function: Any, *arguments: Any) -> Any:
+            with Watch() as self.watch:
+                return function(*arguments)
+
+    graphs = graphed(engine, None, "eager")
+    graphs[stage] = watched = Watched(Replays())
+    picture(engine, PROMPTS[0], 1)
+    assert watched.watch.seen
 
 
 def test_the_watch_sees_what_a_graph_cannot_hold() -> None:
