@@ -1,0 +1,73 @@
+"""What a native pipeline is built from: enough to count, to plan and to compile for it without its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgl_diffusion.kernels.attention import attention
+from sgl_diffusion.models.config import ConfigError
+from sgl_diffusion.models.family import AttentionFn, Defaults, Family
+from sgl_diffusion.runtime.encoders import dummy_encoder
+from sgl_diffusion.runtime.plan import Plan
+from sgl_diffusion.runtime.schedulers import FlowMatchEuler
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """A family with the configs and the plan of one checkpoint."""
+
+    family: type[Family]
+    configs: Mapping[str, Mapping[str, Any]]
+    defaults: Defaults
+    plan: Plan
+    vae_options: Mapping[str, Any]
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """Of the components: `denoiser`, `vae`, `text_encoder`, `tokenizer` or `scheduler`."""
+        return self.family.components()
+
+    def module(self, key: str, attention: AttentionFn) -> nn.Module:
+        """The native module of a denoiser or VAE, of shapes alone ("meta") and in fp32.
+
+        Raises:
+            ConfigError: a config that is not understood, naming the component.
+        """
+        options = self.vae_options if self.kinds[key] == "vae" else {}
+        try:
+            with torch.device("meta"):
+                return self.family.build(key, self.configs[key], attention, options).eval().requires_grad_(False)
+        except ConfigError as e:
+            raise ConfigError(f"{key}: {e}") from e
+
+    def check(self) -> None:
+        """Raises ConfigError if a component's config is not understood."""
+        for key, kind in self.kinds.items():
+            if kind in ("denoiser", "vae"):
+                self.module(key, attention)
+        self.scheduler()
+
+    def scheduler(self) -> FlowMatchEuler:
+        """Raises ConfigError for one that is not implemented."""
+        return FlowMatchEuler.read(self.configs["scheduler"])
+
+    def shape_only_parts(self, attention: AttentionFn) -> dict[str, Any]:
+        """Denoisers, VAEs and text encoders by component, of true size and dtype and without memory ("meta")."""
+        parts: dict[str, Any] = {}
+        for key, kind in self.kinds.items():
+            if kind in ("denoiser", "vae"):
+                parts[key] = self.module(key, attention).to(self.plan.dtypes[key])
+            elif kind == "text_encoder":
+                encoder = dummy_encoder(key, self.configs[key], torch.device("meta"), self.plan.dtypes[key], None)
+                parts[key] = encoder.eval()
+        return parts
+
+    def weight_bytes(self) -> dict[str, int]:
+        """Size of every component that has weights."""
+        parts = self.shape_only_parts(attention)
+        return {key: sum(p.nbytes for p in part.parameters()) for key, part in parts.items()}

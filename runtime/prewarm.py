@@ -1,0 +1,92 @@
+"""What is done before a model is called ready, so that nothing compiles, captures or tunes while a user waits.
+
+Throw-away pictures of the declared sizes take every path that a request takes. For all other sizes, kernels are
+compiled from shapes alone. A launch is specialised by dtypes, by the model's widths, by the tile its table gives for
+the shape, and by which sizes 16 divides. The first two are the checkpoint's; pictures of a few sizes, even and odd, go
+through all of the rest, so that whatever size is asked for later finds its kernels compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sgl_diffusion.kernels.attention import MAX_HEAD_DIM, attention
+from sgl_diffusion.kernels.launch import Impl, compiling_only
+from sgl_diffusion.models.family import Defaults, Family, Guidance, Size
+from sgl_diffusion.runtime.args import OutputOptions, SamplingParams, ServerArgs
+from sgl_diffusion.runtime.blueprint import Blueprint
+from sgl_diffusion.runtime.denoise import euler
+from sgl_diffusion.runtime.errors import UserError
+
+BATCHES = ((1, False), (2, True))  # with and without guidance
+SIGMAS = (1.0, 0.5, 0.0)
+
+
+def throw_away_requests(args: ServerArgs, like: SamplingParams) -> list[SamplingParams]:
+    """One for every resolution to warm up, which is that of `like` where none was declared; the rest is as in `like`.
+
+    Raises:
+        UserError: settings of a warm-up that is not asked for.
+    """
+    if not args.warmup:
+        for field in ("warmup_steps", "warmup_resolutions"):
+            if value := getattr(args, field):
+                told = " ".join(value) if isinstance(value, list) else value
+                raise UserError(f"{field}={told}: has no effect without warmup")
+        return []
+    sizes = [dict(zip(("width", "height"), map(int, r.split("x")), strict=True)) for r in args.warmup_resolutions]
+    leaving_nothing = OutputOptions(save_output=False).model_dump()
+    short: dict[str, Any] = {"num_inference_steps": args.warmup_steps or 1, **leaving_nothing}
+    return [like.model_copy(update=short | size) for size in sizes or [{}]]
+
+
+def compile_kernels(blueprint: Blueprint) -> None:
+    """Compiles what requests of any size launch, for Triton's current target."""
+    ours = "triton" in blueprint.plan.attention.values()
+
+    def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
+        # heads of a VAE are too wide for our kernel
+        impl: Impl = "triton" if ours and q_BLHK.shape[-1] <= MAX_HEAD_DIM else "torch"
+        return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl=impl)
+
+    parts = blueprint.shape_only_parts(attend)
+    with compiling_only():
+        for size, (batch, guided) in product(generic_sizes(blueprint, parts), BATCHES):
+            launch_all(blueprint, parts, size, batch, guided=guided)
+
+
+@torch.no_grad()
+def launch_all(blueprint: Blueprint, parts: Mapping[str, Any], size: Size, batch: int, *, guided: bool) -> None:
+    """What a request launches, on shapes alone: a step and a decode, but for one in tiles, which are small pictures."""
+    family = blueprint.family(parts)
+    with torch.device("meta"):
+        condition = blueprint.family.example(blueprint.configs).repeat(batch)
+    x = family.noise(size, [torch.Generator()] * batch)
+    predictor = family.predictor(condition, size, Guidance(blueprint.defaults.guidance_scale), SIGMAS)
+    next(euler(x, SIGMAS, predictor, predictor if guided else None))
+    if not blueprint.plan.tiles(size):
+        family.decode(x, size)
+
+
+def generic_sizes(blueprint: Blueprint, parts: Mapping[str, Any]) -> list[Size]:
+    """The default size, smaller and larger ones, and of each neighbours whose rows or columns 2 does not divide."""
+    family, default = blueprint.family(parts), blueprint.defaults
+    step = next(p for p in (8, 16, 32, 64, 128) if _takes(family, Size(p, p, default.frames), default))
+    sizes = []
+    for factor in (1 / 16, 1 / 4, 1 / 2, 1.0, 2.0):
+        height, width = (max(1, round(side * factor / step)) * step for side in (default.height, default.width))
+        sizes += [Size(h, w, default.frames) for h in (height, height | step) for w in (width, width | step)]
+    return sizes
+
+
+def _takes(family: Family, size: Size, defaults: Defaults) -> bool:
+    try:
+        family.check(size, Guidance(defaults.guidance_scale), defaults.max_sequence_length)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,173 @@
+"""From what the user named to what will be built: a checkpoint or a preset, its configs, and the backend that runs it.
+
+No weight is read here: what is known now is enough to plan memory and to compile kernels.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sgl_diffusion.models.catalog import FAMILIES
+from sgl_diffusion.models.config import ConfigError
+from sgl_diffusion.models.family import Defaults, Family
+from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.blueprint import Blueprint
+from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
+from sgl_diffusion.runtime.diffusers_loader import component_kinds
+from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.plan import Plan, make_plan
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A model that can be built.
+
+    Attributes:
+        native: the native backend runs it, else diffusers'.
+        why: the reason for that backend.
+        blueprint: of the native pipeline, if the family has one; dummy weights for diffusers' are shaped by it as well.
+        checkpoint: where the weights are; None for dummies of a preset.
+        dummy: weights are random, whatever the checkpoint holds.
+    """
+
+    pipeline_class: str
+    native: bool
+    why: str
+    kinds: Mapping[str, str]
+    plan: Plan
+    blueprint: Blueprint | None
+    checkpoint: Checkpoint | None
+    dummy: bool
+
+    @property
+    def folders(self) -> Mapping[str, Path] | None:
+        """Of the components' weights; None where they are dummies."""
+        return None if self.dummy or self.checkpoint is None else self.checkpoint.folders
+
+    @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        return self.checkpoint.sampling_defaults if self.checkpoint else {}
+
+
+def resolve(args: ServerArgs) -> Resolved:
+    """Finds the model the arguments name, and who can run it.
+
+    Raises:
+        UserError: it cannot be found or read, or not be run as asked.
+    """
+    return _resolve_dummy(args) if args.load_format == "dummy" else _resolve_checkpoint(args)
+
+
+def presets() -> list[str]:
+    """Hub ids whose shapes are built in, for `load_format="dummy"`."""
+    return [name for pipeline_class in FAMILIES for name in _family(pipeline_class).presets()]
+
+
+def _resolve_checkpoint(args: ServerArgs) -> Resolved:
+    checkpoint = open_checkpoint(args.model_path, args.revision, args.component_paths)
+    pipeline_class = args.pipeline_class_name or checkpoint.pipeline_class
+    refused = _refusal(args, pipeline_class)
+    if refused is None:
+        try:
+            blueprint = _native_blueprint(checkpoint, args, pipeline_class)
+        except ConfigError as e:
+            refused = str(e)
+        else:
+            kinds, plan = blueprint.family.components(), blueprint.plan
+            return Resolved(pipeline_class, True, "native family", kinds, plan, blueprint, checkpoint, dummy=False)
+    if args.backend == "sglang":
+        raise UserError(f"backend=sglang: {refused}; --backend diffusers can run it")
+    if args.model_id is not None:
+        raise UserError(f"model_id={args.model_id}: lends native defaults; has no effect here ({refused})")
+    kinds = component_kinds(checkpoint)
+    plan = make_plan(args, kinds, native=False)
+    return Resolved(pipeline_class, False, refused, kinds, plan, None, checkpoint, dummy=False)
+
+
+def _resolve_dummy(args: ServerArgs) -> Resolved:
+    """Random weights at true shape, from a preset's configs or those of a local folder."""
+    name, why = args.model_id or args.model_path, f"dummy weights of {args.model_id or args.model_path}"
+    pipeline_class = next((c for c in FAMILIES if name in _family(c).presets()), None)
+    checkpoint = None
+    if pipeline_class is not None:
+        if args.component_paths:
+            raise UserError(f"component_paths={args.component_paths}: no effect on the dummy weights of a preset")
+        family = _family(pipeline_class)
+        configs, defaults = family.presets()[name].components, family.presets()[name].defaults
+    elif name == EMBEDDED or Path(name).expanduser().is_dir():
+        checkpoint = open_checkpoint(name, None, args.component_paths)
+        pipeline_class = checkpoint.pipeline_class
+        if pipeline_class not in FAMILIES:
+            raise UserError(f"load_format=dummy: {pipeline_class} has no native implementation")
+        family = _family(pipeline_class)
+        configs = {key: checkpoint.config(key) for key in family.components()}
+        defaults = family.defaults(configs)
+    else:
+        raise UserError(f"model_path={name}: load_format=dummy needs a config folder or one of {', '.join(presets())}")
+    native, kinds = args.backend != "diffusers", family.components()
+    try:
+        blueprint = _blueprint(args, family, configs, defaults, native=native)
+    except ConfigError as e:
+        raise UserError(f"load_format=dummy: {e}") from e
+    return Resolved(pipeline_class, native, why, kinds, blueprint.plan, blueprint, checkpoint, dummy=True)
+
+
+def _refusal(args: ServerArgs, pipeline_class: str) -> str | None:
+    """Why the native backend does not take this model, or None if it does."""
+    if args.backend == "diffusers":
+        return "asked for with backend=diffusers"
+    if args.diffusers_attention_backend is not None:
+        return "asked for with diffusers_attention_backend"
+    if pipeline_class not in FAMILIES:
+        near = difflib.get_close_matches(pipeline_class, FAMILIES, n=1)
+        hint = f" (nearest: {near[0]})" if near else ""
+        return f"{pipeline_class} has no native implementation{hint}"
+    return None
+
+
+def _native_blueprint(checkpoint: Checkpoint, args: ServerArgs, pipeline_class: str) -> Blueprint:
+    family = _family(pipeline_class)
+    kinds = family.components()
+    if missing := [k for k in kinds if k not in checkpoint.folders]:
+        raise ConfigError(f"{pipeline_class} without component {missing[0]}")
+    configs = {key: checkpoint.config(key) for key in kinds}
+    preset = family.presets().get(args.model_id or "")
+    if args.model_id is not None and preset is None:
+        raise UserError(f"model_id={args.model_id}: expected one of {', '.join(family.presets())}")
+    return _blueprint(args, family, configs, preset.defaults if preset else family.defaults(configs), native=True)
+
+
+def _blueprint(
+    args: ServerArgs,
+    family: type[Family],
+    configs: Mapping[str, Mapping[str, Any]],
+    defaults: Defaults,
+    *,
+    native: bool,
+) -> Blueprint:
+    """Raises ConfigError if the native family does not understand a config."""
+    vae_options = {
+        "tile_height": args.vae_config.tile_sample_min_height,
+        "tile_width": args.vae_config.tile_sample_min_width,
+        "with_encoder": args.vae_config.load_encoder,
+    }
+
+    def weight_bytes(plan: Plan) -> Mapping[str, int]:
+        return Blueprint(family, configs, defaults, plan, vae_options).weight_bytes()
+
+    plan = make_plan(args, family.components(), native=native, weight_bytes=weight_bytes)
+    blueprint = Blueprint(family, configs, defaults, plan, vae_options)
+    if native:
+        blueprint.check()
+    return blueprint
+
+
+def _family(pipeline_class: str) -> type[Family]:
+    module, _, name = FAMILIES[pipeline_class].partition(":")
+    family: type[Family] = getattr(importlib.import_module(module), name)
+    return family
