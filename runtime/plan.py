@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 
 from sgl_diffusion.models.family import Size
-from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.args import ServerArgs, nearest
 from sgl_diffusion.runtime.errors import UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPONENT_OFFLOAD = {
+    "dit_cpu_offload": "denoiser",
+    "text_encoder_cpu_offload": "text_encoder",
+    "image_encoder_cpu_offload": "image_encoder",
+    "vae_cpu_offload": "vae",
+}
 AUTO_TILING_PIXELS = 4 * 1024 * 1024  # above this a whole decode needs more than ten gigabytes in fp32
+ACTIVATION_RESERVE = 4 * 1024**3  # bytes of the device left to everything but weights
+
+Residency = Literal["resident", "component", "layerwise"]
+"""Where weights live: on the device; on the host but for their stage; on the host but for the layers at work."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -21,7 +32,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """Resolved choices of one loaded model. `dtypes` and `attention` are by component key."""
+    """Resolved choices of one loaded model. `dtypes`, `attention` and `offload` are by component key."""
 
     device: torch.device
     dtypes: Mapping[str, torch.dtype]
@@ -29,6 +40,10 @@ class Plan:
     vae_tiling: bool | None  # None: by the size of the picture
     vae_slicing: bool
     compile: bool
+    offload: Mapping[str, Residency]
+    pin_memory: bool  # lock offloaded weights in host memory
+    prefetch: float  # layers copied ahead: 0 is one, below 1 a share of the layers, from 1 on a count
+    chosen: Mapping[str, Any] = field(default_factory=dict)  # what performance_mode decided, as no flag did
 
     def tiles(self, size: Size) -> bool:
         if self.vae_tiling is None:
@@ -36,13 +51,25 @@ class Plan:
         return self.vae_tiling
 
 
-def make_plan(args: ServerArgs, kinds: Mapping[str, str]) -> Plan:
+def make_plan(
+    args: ServerArgs,
+    kinds: Mapping[str, str],
+    *,
+    native: bool = True,
+    weight_bytes: Callable[[Plan], Mapping[str, int]] | None = None,
+) -> Plan:
     """The plan for a pipeline whose components have these kinds (`denoiser`, `vae`, `text_encoder`, ...).
 
+    Args:
+        native: False for the diffusers backend, which keeps its components on the device.
+        weight_bytes: size of every component; without it, weights are taken to fit the device.
     Raises:
-        UserError: a device that is not there, a list of precisions of the wrong length, an unknown component.
+        UserError: a device that is not there, a list of precisions of the wrong length, an unknown component,
+            offload where it has no effect.
     """
     device = _device(args.device)
+    if args.enable_cuda_graph == "true" and device.type != "cuda":
+        raise UserError(f"enable_cuda_graph=true: the device is {device}; auto captures what can be captured there")
     denoisers = [k for k, kind in kinds.items() if kind == "denoiser"]
     encoders = [k for k, kind in kinds.items() if kind == "text_encoder"]
     everywhere = DTYPES.get(args.precision, torch.bfloat16 if device.type == "cuda" else torch.float32)
@@ -65,14 +92,130 @@ def make_plan(args: ServerArgs, kinds: Mapping[str, str]) -> Plan:
     tiling, slicing = {"memory": (True, True), "speed": (False, False)}.get(args.performance_mode, (None, False))
     if args.performance_mode == "manual":
         tiling = False
-    return Plan(
+    chosen: dict[str, Any] = {}
+    if args.vae_tiling is None and args.performance_mode != "manual" and (native or tiling is not None):
+        chosen["vae_tiling"] = "by size" if tiling is None else tiling
+    if args.vae_slicing is None and args.performance_mode in ("memory", "speed"):
+        chosen["vae_slicing"] = slicing
+    holders = {k: kind for k, kind in kinds.items() if k in dtypes}  # components with weights
+    asked = _asked_offload(args, holders, device, native)
+    plan = Plan(
         device=device,
         dtypes=dtypes,
         attention={k: None if v == "auto" else v for k, v in attention.items()},
         vae_tiling=tiling if args.vae_tiling is None else args.vae_tiling,
         vae_slicing=slicing if args.vae_slicing is None else args.vae_slicing,
         compile=args.enable_torch_compile,
+        offload={k: asked.get(k, "resident") for k in holders},
+        pin_memory=args.pin_cpu_memory is not False,
+        prefetch=args.dit_offload_prefetch_size or 0.0,
     )
+    offload = plan.offload
+    if native and device.type == "cuda":
+        if args.performance_mode == "memory":
+            offload = {k: asked.get(k, "component") for k in holders}
+        elif args.performance_mode == "auto" and weight_bytes is not None:
+            free, _ = torch.cuda.mem_get_info(device)
+            offload = residency_that_fits(weight_bytes(plan), holders, free, ACTIVATION_RESERVE, asked)
+    if by_mode := {k: place for k, place in offload.items() if place != plan.offload[k]}:
+        chosen["offload"] = by_mode
+    _check_offload_effects(args, holders, offload)
+    return replace(plan, offload=offload, chosen=chosen)
+
+
+def _asked_offload(
+    args: ServerArgs, kinds: Mapping[str, str], device: torch.device, native: bool
+) -> dict[str, Residency]:
+    """Where the weights of those components live that a flag speaks of."""
+    flags = _offload_flags(args)
+    if flags and (device.type == "cpu" or not native):
+        value = getattr(args, flags[0])
+        told = " ".join(value) if isinstance(value, list) else str(value).lower()
+        why = "on a CPU there is nothing to offload" if native else "the diffusers backend has no offload"
+        raise UserError(f"{flags[0]}={told}: {why}")
+    asked: dict[str, Residency] = {}
+    for name, kind in COMPONENT_OFFLOAD.items():
+        chosen: bool | None = getattr(args, name)
+        members = [k for k in kinds if kinds[k] == kind or (kind == "image_encoder" and k.startswith(kind))]
+        if chosen and not members:
+            raise UserError(f"{name}=true: this pipeline has no {kind.replace('_', ' ')}")
+        if chosen is not None:
+            asked.update(dict.fromkeys(members, "component" if chosen else "resident"))
+
+    layerwise = [k for k in kinds if args.dit_layerwise_offload and kinds[k] == "denoiser"]
+    for name in args.layerwise_offload_components:
+        if name != "all" and name not in kinds:
+            expected = f"expected all or any of {', '.join(kinds)}{nearest(name, list(kinds))}"
+            raise UserError(f"layerwise_offload_components={name}: {expected}")
+        layerwise += list(kinds) if name == "all" else [name]
+    if both := [k for k in layerwise if asked.get(k) == "component"]:
+        raise UserError(f"{both[0]}: asked to be offloaded both whole and layer by layer; expected one of the two")
+    asked.update(dict.fromkeys(layerwise, "layerwise"))
+    return asked
+
+
+def residency_that_fits(
+    sizes: Mapping[str, int],
+    kinds: Mapping[str, str],
+    free: int,
+    reserve: int,
+    asked: Mapping[str, Residency] | None = None,
+) -> dict[str, Residency]:
+    """The fastest way to hold weights of these sizes on a device: everything resident, or text encoders there for their
+    stage only, or the denoiser too, or the denoiser layer by layer, which is also the answer if nothing fits.
+
+    Args:
+        sizes, kinds: by component; bytes.
+        free, reserve: bytes of the device, and how many of them are for activations.
+        asked: components that are settled.
+    """
+    encoders: dict[str, Residency] = {k: "component" for k in sizes if kinds[k] == "text_encoder"}
+    denoisers = [k for k in sizes if kinds[k] == "denoiser"]
+    whole: dict[str, Residency] = dict.fromkeys(denoisers, "component")
+    layers: dict[str, Residency] = dict.fromkeys(denoisers, "layerwise")
+    residency: dict[str, Residency] = {}
+    for way in ({}, encoders, encoders | whole, encoders | layers):
+        settled = way | dict(asked or {})
+        residency = {k: settled.get(k, "resident") for k in sizes}
+        if _largest_stage(sizes, kinds, residency, reserve) <= free:
+            break
+    return residency
+
+
+def _largest_stage(
+    sizes: Mapping[str, int], kinds: Mapping[str, str], residency: Mapping[str, Residency], reserve: int
+) -> float:
+    """Bytes on the device while it holds the most.
+
+    An encoding's activations are small: an eighth of the reserve. The few layers that a layerwise component has on the
+    device at once are the reserve's too.
+    """
+    stages: dict[str, float] = {kind: reserve / 8 if kind == "text_encoder" else reserve for kind in kinds.values()}
+    for k, size in sizes.items():
+        if residency[k] == "component":
+            stages[kinds[k]] += size
+    return max(stages.values()) + sum(size for k, size in sizes.items() if residency[k] == "resident")
+
+
+def _offload_flags(args: ServerArgs) -> list[str]:
+    """Fields that ask for an offload, in the order of their declaration."""
+    fields = (*COMPONENT_OFFLOAD, "dit_layerwise_offload", "layerwise_offload_components", "pin_cpu_memory")
+    asked = [name for name in fields if getattr(args, name)]
+    return asked + ["dit_offload_prefetch_size"] * (args.dit_offload_prefetch_size is not None)
+
+
+def _check_offload_effects(args: ServerArgs, kinds: Mapping[str, str], offload: Mapping[str, Residency]) -> None:
+    """Every setting of an offload needs one that it applies to."""
+    size = args.dit_offload_prefetch_size
+    if size is not None and "layerwise" not in offload.values():
+        raise UserError(f"dit_offload_prefetch_size={size:g}: no effect without --dit-layerwise-offload")
+    if size is not None and size > 1 and size != int(size):
+        raise UserError(f"dit_offload_prefetch_size={size:g}: expected 0, a share below 1, or a whole count")
+    if args.pin_cpu_memory and set(offload.values()) == {"resident"}:
+        raise UserError("pin_cpu_memory=true: no effect: no component is offloaded")
+    compiled = [k for k in kinds if offload[k] == "layerwise" and kinds[k] != "text_encoder"]
+    if args.enable_torch_compile and compiled:
+        raise UserError(f"enable_torch_compile=true: not with the layerwise offload of {compiled[0]}")
 
 
 def _device(name: str) -> torch.device:

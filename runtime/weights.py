@@ -69,56 +69,71 @@ def slots(module: nn.Module) -> dict[str, Slot]:
     return found
 
 
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint tensor and its place in the module. Nothing is read until `read` is called."""
+
+    file: safe_open
+    name: str
+    slot: Slot
+
+    def read(self) -> Tensor:
+        """The tensor, which stays a view of the mapped file."""
+        tensor: Tensor = self.file.get_tensor(self.name)  # type: ignore[no-untyped-call]
+        return tensor
+
+
 def load_weights(module: nn.Module, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> None:
     """Fills a module built under the meta device. Host memory stays near one tensor: files are memory-mapped.
 
     Raises:
         UserError: a corrupt file, or missing, unexpected or mis-shaped weights, listing their names.
     """
+    found = find_weights(module, files)
     module.to(dtype).to_empty(device=device)
-    parameters, wanted = dict(module.named_parameters()), slots(module)
+    parameters = dict(module.named_parameters())
+    for source in found:
+        slot = source.slot
+        parameters[slot.parameter].data[slot.start : slot.stop].copy_(source.read())
+
+
+def find_weights(module: nn.Module, files: Sequence[Path]) -> list[Source]:
+    """A source for every slot of the module; its files stay open and mapped.
+
+    Raises:
+        UserError: a corrupt file, or missing, unexpected or mis-shaped weights, listing their names.
+    """
+    shapes, wanted = {name: p.shape for name, p in module.named_parameters()}, slots(module)
     skipped = tuple(getattr(module, "unused_weights", tuple)())
-    unexpected, misshaped, seen = [], [], set()
-    for name, read in _tensors(files):
+    found, unexpected, misshaped = [], [], []
+    for file, name in _tensors(files):
         if name.startswith(skipped):
             continue
         if (slot := wanted.get(name)) is None:
             unexpected.append(name)
             continue
-        seen.add(name)
-        rows = parameters[slot.parameter].data[slot.start : slot.stop]
-        tensor = read()
-        if tensor.shape == rows.shape:
-            rows.copy_(tensor)
-        else:
-            misshaped.append(f"{name} {tuple(tensor.shape)} instead of {tuple(rows.shape)}")
+        found.append(Source(file, name, slot))
+        shape = tuple(file.get_slice(name).get_shape())  # type: ignore[no-untyped-call]
+        expected = (slot.stop - slot.start, *shapes[slot.parameter][1:])
+        if shape != expected:
+            misshaped.append(f"{name} {shape} instead of {expected}")
+    seen = {source.name for source in found}
     missing = [name for name in wanted if name not in seen]
     problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
     if any(problems.values()):
         told = "; ".join(f"{kind} weights: {_some(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{files[0].parent}: {told}")
+    return found
 
 
-def _tensors(files: Sequence[Path]) -> Iterator[tuple[str, Reader]]:
-    for file in files:
+def _tensors(files: Sequence[Path]) -> Iterator[tuple[safe_open, str]]:
+    for path in files:
         try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (a safetensors handle is not a dict)
-                    yield name, Reader(tensors, name)
+            file = safe_open(path, framework="pt")
+            names = file.keys()  # type: ignore[no-untyped-call]
         except (SafetensorError, OSError) as e:
-            raise UserError(f"{file}: not a readable safetensors file: {e}") from e
-
-
-@dataclass(frozen=True)
-class Reader:
-    """Reads one tensor of an open file when called."""
-
-    file: safe_open
-    name: str
-
-    def __call__(self) -> Tensor:
-        tensor: Tensor = self.file.get_tensor(self.name)  # type: ignore[no-untyped-call]
-        return tensor
+            raise UserError(f"{path}: not a readable safetensors file: {e}") from e
+        yield from ((file, name) for name in names)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -127,10 +142,13 @@ def _some(names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def fill_dummy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+def fill_dummy(
+    module: nn.Module, device: torch.device, dtype: torch.dtype, drawn_on: torch.device | None = None
+) -> None:
     """Seeded random weights at true shape: matrices keep the scale of activations, norm weights 1, biases 0.
 
-    A tensor depends on its name in the checkpoint alone, so that diffusers' module of a component gets the same ones.
+    A tensor depends on its name in the checkpoint alone, so that diffusers' module of a component gets the same ones,
+    and on the kind of device it is drawn on: `drawn_on`, where that is not the one the weights stay on.
     """
     if any(p.is_meta for p in module.parameters()):
         module.to(dtype).to_empty(device=device)
@@ -138,7 +156,8 @@ def fill_dummy(module: nn.Module, device: torch.device, dtype: torch.dtype) -> N
     for name, slot in slots(module).items():
         rows = parameters[slot.parameter].data[slot.start : slot.stop]
         if rows.ndim > 1:
-            generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
-            rows.normal_(0, rows[0].numel() ** -0.5, generator=generator)
+            generator = torch.Generator(drawn_on or device).manual_seed(zlib.crc32(name.encode()))
+            drawn = rows if drawn_on in (None, device) else torch.empty(rows.shape, dtype=rows.dtype, device=drawn_on)
+            rows.copy_(drawn.normal_(0, rows[0].numel() ** -0.5, generator=generator))
         else:
             rows.fill_(1.0 if name.endswith("weight") else 0.0)
