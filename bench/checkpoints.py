@@ -10,14 +10,19 @@ import diffusers
 import torch
 
 from sgl_diffusion.runtime.checkpoint import EMBEDDED, open_checkpoint
+from sgl_diffusion.runtime.errors import UserError
 
 HEAD_DIM, ROTARY_AXES = 128, [16, 56, 56]
 
 
 def write_denoiser_checkpoint(work: Path, width: int, blocks: int) -> Path:
-    """Writes (once) and returns the folder. Weights are diffusers' default initialisation under a fixed seed."""
-    if width % HEAD_DIM:
-        raise SystemExit(f"error: width={width}: must be a multiple of {HEAD_DIM}")
+    """Writes (once) and returns the folder. Weights are diffusers' default initialisation under a fixed seed.
+
+    Raises:
+        UserError: a width that is no multiple of the head dim.
+    """
+    if width == 0 or width % HEAD_DIM:
+        raise UserError(f"model=random-{width}x{blocks}: the width must be a multiple of {HEAD_DIM}")
     out = work / f"random-{width}x{blocks}"
     if (out / "model_index.json").is_file():
         return out

@@ -2,7 +2,7 @@
 
     python -m sgl_diffusion.bench.gpu_suite [--out FOLDER] [--part correctness|kernels|end_to_end]
 
-Each part writes FOLDER/<part>.json. Exit code 1 if an answer is wrong.
+Each part writes FOLDER/<part>*.json. Exit code 1 if an answer is wrong.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from typing import Any
 
 import torch
 
-from sgl_diffusion.bench import kernels
-from sgl_diffusion.bench.compare import compare
+from sgl_diffusion.bench import e2e, kernels
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.runtime.args import SamplingParams
-from sgl_diffusion.runtime.engine import presets
+from sgl_diffusion.runtime.limits import limits
+from sgl_diffusion.runtime.resolve import presets
 
 WORKERS = 8
 
@@ -63,7 +63,7 @@ def check_op(name: str) -> list[dict[str, Any]]:
 
 def kernel_times(out: Path) -> bool:
     """bf16 at production sizes, against the sequences diffusers runs and other libraries' attention."""
-    limit, rows = kernels.limits("cuda"), []
+    limit, rows = limits(torch.device("cuda"), torch.bfloat16), []
     for row in kernels.measure_all([*OPS.values()], ["eager", "triton", "cudnn", "fa"], "cuda", limit):
         kernels.show(row)
         rows.append(row)
@@ -72,15 +72,17 @@ def kernel_times(out: Path) -> bool:
 
 
 def end_to_end(out: Path) -> bool:
-    """Every preset at true size with dummy weights, native and diffusers by turns; a differing picture is not timed."""
-    rows = []
+    """Every preset at true size with dummy weights, against diffusers and diffusers compiled."""
     for name in presets():
-        params = SamplingParams(prompt=["a cat"], num_inference_steps=4, height=1024, width=1024, save_output=False)
-        result = compare(name, params, rounds=3, load_format="dummy")
-        print(f"{name}: step {result.native.step_ms:.1f} ms, diffusers {result.diffusers.step_ms:.1f} ms")
-        rows.append(asdict(result))
+        params = SamplingParams(prompt=["a cat"], height=1024, width=1024, save_output=False)
+        server = {"model_path": name, "load_format": "dummy", "device": "cuda"}
+        print(name)
+        result = e2e.compare(server, params, [*e2e.RIVALS], rounds=3)
+        e2e.show(result)
+        short = name.rpartition("/")[2]
+        e2e.write_json(out / f"end_to_end-{short}.json", result)
+        e2e.plot(out / f"end_to_end-{short}.svg", result)
         torch.cuda.empty_cache()
-    write(out / "end_to_end.json", rows)
     return True
 
 

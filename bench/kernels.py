@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from importlib.util import find_spec
@@ -28,9 +26,10 @@ from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.kernels.op import Case, Inputs, Op, rel_l2
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.limits import Limits, limits, medians_us
 from sgl_diffusion.runtime.report import commit_hash
 
-CPU_RUNS = 15
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}  # of the runs
 # eager PyTorch rounds after every operation, a fused kernel once
 EAGER_ROUNDINGS = 8
 IMPLEMENTATIONS = {
@@ -57,14 +56,6 @@ class Row:
     tflop_per_s: float | None = None
     of_limit: float | None = None  # share of what this device reached in a copy or a matrix product
     why: str = ""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What this device reaches: copying much memory, and multiplying large matrices in the dtype of the run."""
-
-    copy_gb_per_s: float
-    matmul_tflop_per_s: float
 
 
 # -- implementations --------------------------------------------------------------
@@ -128,30 +119,6 @@ def worst(case: Case, device: str, impl: str = "auto") -> tuple[float, bool]:
     return max(e for e, _ in errors), all(e <= limit for e, limit in errors)
 
 
-def medians_us(calls: Mapping[str, Callable[[], object]], device: str) -> dict[str, float]:
-    """On a GPU with events, the L2 cache flushed between runs; on the CPU by the wall clock, in turns."""
-    if device == "cuda":
-        return {name: 1e3 * float(triton.testing.do_bench(call, return_mode="median")) for name, call in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(CPU_RUNS + 1):
-        for name, call in calls.items():
-            start = time.perf_counter_ns()
-            call()
-            if turn:  # the first is a warm-up
-                times[name].append((time.perf_counter_ns() - start) / 1e3)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
-def limits(device: str) -> Limits:
-    """Measured, so that shares hold for this very device, its clock and its neighbours."""
-    gpu = device == "cuda"
-    source = torch.empty(2**30 if gpu else 2**27, dtype=torch.uint8, device=device)
-    target, n = torch.empty_like(source), 8192 if gpu else 1024
-    matrix = torch.randn(n, n, device=device, dtype=torch.bfloat16 if gpu else torch.float32)
-    us = medians_us({"copy": lambda: target.copy_(source), "matmul": lambda: matrix @ matrix}, device)
-    return Limits(2 * source.nbytes / us["copy"] / 1e3, 2 * n**3 / us["matmul"] / 1e6)
-
-
 def measure(case: Case, impls: Sequence[str], device: str, limit: Limits) -> list[Row]:
     """A row for every implementation."""
     op, rows, calls = case.op, {}, {}
@@ -165,7 +132,7 @@ def measure(case: Case, impls: Sequence[str], device: str, limit: Limits) -> lis
         except (Refused, launch.Unsupported) as e:
             rows[impl] = replace(row, why=str(e))
     inputs = case.inputs(device)
-    for impl, us in medians_us(calls, device).items():
+    for impl, us in medians_us(calls, torch.device(device)).items():
         gb, tflop = op.bytes(inputs) / us / 1e3, op.flops(inputs) / us / 1e6 if op.flops else None
         share = gb / limit.copy_gb_per_s if tflop is None else tflop / limit.matmul_tflop_per_s
         rows[impl] = replace(rows[impl], us=us, gb_per_s=gb, tflop_per_s=tflop, of_limit=share)
@@ -177,7 +144,7 @@ def measure(case: Case, impls: Sequence[str], device: str, limit: Limits) -> lis
 
 def measure_all(ops: Sequence[Op], impls: Sequence[str], device: str, limit: Limits) -> Iterator[Row]:
     """fp32 on the CPU; bf16 at production sizes on a GPU."""
-    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    dtype = DTYPES[device]
     for op in ops:
         for size in op.production if device == "cuda" else op.cpu:
             yield from measure(Case(op, size, dtype), impls, device, limit)
@@ -223,7 +190,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     if args.plot and args.plot.suffix != ".svg":
         raise UserError(f"plot={args.plot}: expected a name ending in .svg")
     impls = _implementations(args.impl, device)
-    about, limit = machine(device), limits(device)
+    about, limit = machine(device), limits(torch.device(device), DTYPES[device])
     print(" | ".join(f"{key} {value}" for key, value in about.items()))
     print(f"limits: copy {limit.copy_gb_per_s:.0f} GB/s, matrix product {limit.matmul_tflop_per_s:.2f} TFLOP/s")
     if device == "cpu":

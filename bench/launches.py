@@ -30,16 +30,9 @@ from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.kernels.launch import Impl
 from sgl_diffusion.models.catalog import DENOISERS, FAMILIES
 from sgl_diffusion.models.family import Family, Guidance, Predictor, Preset, Size
+from sgl_diffusion.runtime.accounting import FREE
 from sgl_diffusion.runtime.args import nearest
 from sgl_diffusion.runtime.errors import UserError
-
-# operations that launch nothing: views and allocations
-FREE = """
-    view _unsafe_view t transpose permute slice select unsqueeze squeeze expand split split_with_sizes chunk unbind
-    alias detach as_strided reshape _reshape_alias view_as_real view_as_complex unflatten unfold diagonal real imag
-    lift_fresh movedim narrow _conj resolve_conj resolve_neg
-    empty empty_like new_empty empty_strided new_empty_strided is_same_size sym_size
-    """.split()  # noqa: SIM905
 
 
 class Launches(TorchDispatchMode):
@@ -133,6 +126,12 @@ def count_diffusers(family: type[Family], preset: Preset, size: Size, arch: str)
     return launches
 
 
+def spellings(hub_id: str) -> tuple[str, ...]:
+    """A hub id, and its name in small letters, with and without the dots of its version."""
+    short = hub_id.rpartition("/")[2].lower().removesuffix("-diffusers")
+    return hub_id, short, short.replace(".", "")
+
+
 def find(model: str) -> tuple[type[Family], Preset]:
     """A preset by its hub id, or by its name in small letters, with or without the dots of its version."""
     known = {}
@@ -140,10 +139,9 @@ def find(model: str) -> tuple[type[Family], Preset]:
         module, _, name = path.partition(":")
         family: type[Family] = getattr(importlib.import_module(module), name)
         for hub_id, preset in family.presets().items():
-            short = hub_id.rpartition("/")[2].lower().removesuffix("-diffusers")
-            known[hub_id] = known[short] = known[short.replace(".", "")] = (family, preset)
+            known.update(dict.fromkeys(spellings(hub_id), (family, preset)))
     if model not in known:
-        short_names = [name for name in known if "/" not in name]
+        short_names = [name for name in known if "/" not in name and "." not in name]
         raise UserError(f"model={model}: expected one of {', '.join(short_names)}{nearest(model, short_names)}")
     return known[model]
 

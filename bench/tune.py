@@ -17,12 +17,13 @@ import torch
 import triton
 
 from sgl_diffusion.bench import tables
-from sgl_diffusion.bench.kernels import machine, medians_us, worst
+from sgl_diffusion.bench.kernels import machine, worst
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.kernels.launch import Tile
 from sgl_diffusion.kernels.op import Case, Op
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.limits import medians_us
 
 WORTH = 0.98  # a tile has to be 2 % faster than the best so far: less is noise
 MAX_STAGES, MAX_WARPS = 6, 16
@@ -108,7 +109,7 @@ def total_us(cases: Sequence[Case], tile: Tile) -> float:
                 if not right:
                     return math.inf
                 inputs = case.inputs("cuda")
-                total += medians_us({"": partial(case.op.run, inputs, "triton")}, "cuda")[""]
+                total += medians_us({"": partial(case.op.run, inputs, "triton")}, torch.device("cuda"))[""]
             except (triton.runtime.errors.OutOfResources, triton.compiler.CompilationError, RuntimeError, KeyError):
                 return math.inf
     return total

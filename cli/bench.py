@@ -1,4 +1,4 @@
-"""`sglang bench aot|kernels|launches|tune`: the kernels checked, timed, counted and tuned."""
+"""`sglang bench aot|e2e|kernels|launches|tune`: generations timed; kernels checked, timed, counted and tuned."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ import argparse
 from importlib import import_module
 
 from sgl_diffusion.cli.flags import Parser
+from sgl_diffusion.cli.generate import set_up_logging
 from sgl_diffusion.runtime.args import nearest
 from sgl_diffusion.runtime.errors import UserError
 
 SUBJECTS = {
     "aot": "compile every kernel for sm_80, sm_89, sm_90 and sm_100 without a GPU, and reject bad code",
+    "e2e": "time whole generations against diffusers, by turns in one process",
     "kernels": "time every kernel against what it replaces, after checking its answers",
     "launches": "count the launches of one denoiser call at true size, ours against diffusers",
     "tune": "time tiles on this GPU and rewrite its table",
@@ -27,6 +29,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     subject = argv[0]
     if subject not in SUBJECTS:
         raise UserError(f"bench {subject}: expected one of {', '.join(SUBJECTS)}{nearest(subject, [*SUBJECTS])}")
+    set_up_logging("warning")
     text = SUBJECTS[subject]
     own = Parser(prog=f"sglang bench {subject}", description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
     status: int = import_module(f"sgl_diffusion.bench.{subject}").run(own, argv[1:])

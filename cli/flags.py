@@ -16,6 +16,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from sgl_diffusion.runtime.args import (
+    Options,
     SamplingParams,
     ServerArgs,
     aliases,
@@ -30,7 +31,9 @@ from sgl_diffusion.runtime.errors import UserError
 COMPONENT_PATH = re.compile(r"--([a-z][a-z0-9-]*)-path")
 DOTTED = re.compile(r"--([a-z][a-z0-9-]*)\.([A-Za-z0-9_.-]+)")
 KWARGS = "diffusers_kwargs"
-MAPS = ("component_paths", "component_attention_backends", "vae_config", KWARGS)
+ATTENTION_CONFIG = "attention_backend_config"
+MAPS = ("component_paths", "component_attention_backends", ATTENTION_CONFIG, "vae_config", KWARGS)
+CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,9 +47,9 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, models: Sequence[type[Options]] = (ServerArgs, SamplingParams)) -> None:
     """One argument group for every group of options."""
-    for model in (ServerArgs, SamplingParams):
+    for model in models:
         for title, fields in groups(model):
             group = parser.add_argument_group(title)
             for name, field in fields.items():
@@ -173,7 +176,10 @@ def read_map(name: str, written: Any) -> dict[str, Any]:
         UserError: text that is neither, or something that is not a mapping.
     """
     if isinstance(written, str):
-        written = _read_json(name, written) if written.lstrip().startswith("{") else _read_pairs(name, written)
+        if name == ATTENTION_CONFIG and "=" not in written and Path(written).suffix.lower() in CONFIG_SUFFIXES:
+            written = _read_file(name, Path(written))
+        else:
+            written = _read_json(name, written) if written.lstrip().startswith("{") else _read_pairs(name, written)
     if not isinstance(written, Mapping):
         raise UserError(f"{name}={written}: expected keys and values")
     values: dict[str, Any] = {}
@@ -217,21 +223,26 @@ def _scalar(name: str, text: str) -> Any:
 # -- config files ---------------------------------------------------------------------
 
 
+def _read_file(name: str, path: Path) -> Any:
+    """What a JSON or YAML file holds. Raises UserError if it cannot be read; `name` is the option that names it."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        return json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
+    except OSError as e:
+        raise UserError(f"{name}={path}: cannot be read: {e.strerror}") from e
+    except (ValueError, yaml.YAMLError) as e:
+        raise UserError(f"{name}={path}: not readable: {' '.join(str(e).split())}") from e
+
+
 def read_config_file(path: Path) -> dict[str, Any]:
     """A JSON or YAML file; keys with underscores or hyphens, aliases, nested or dotted; null means not given.
 
     Raises:
         UserError: an unreadable file or an unknown key, with the nearest known one.
     """
-    if path.suffix.lower() not in (".json", ".yaml", ".yml"):
+    if path.suffix.lower() not in CONFIG_SUFFIXES:
         raise UserError(f"config={path}: expected a .json, .yaml or .yml file")
-    try:
-        text = path.read_text(encoding="utf-8")
-        raw = json.loads(text) if path.suffix.lower() == ".json" else yaml.safe_load(text)
-    except OSError as e:
-        raise UserError(f"config={path}: cannot be read: {e.strerror}") from e
-    except (ValueError, yaml.YAMLError) as e:
-        raise UserError(f"config={path}: not readable: {' '.join(str(e).split())}") from e
+    raw = _read_file("config", path)
     if not isinstance(raw, Mapping):
         raise UserError(f"config={path}: expected keys and values")
     names = canonical_names()

@@ -29,7 +29,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     add_arguments(parser)
     values = parse_command_line(parser, argv)
     server, sampling = parse_args(values)
-    if not sampling.prompt and sampling.prompt_path is None:
+    if not sampling.prompt and sampling.prompt_path is None and sampling.resume_latents is None:
         raise UserError("prompt: none given; use --prompt, --prompt-path or the key `prompt` of a config file")
     set_up_logging(server.log_level)
 
@@ -37,7 +37,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
 
     console = Console(stderr=True)
     with console.status(f"loading {server.model_path}"):
-        engine = Engine.load(server)
+        engine = Engine.load(server, like=sampling)
     result = _show(engine.generate(sampling), console)
     print(result.report.summary())
     for path in result.paths:
@@ -54,6 +54,7 @@ def set_up_logging(level: str) -> None:
     if level != "debug":
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's tracer says when it starts and stops
 
 
 def _show(events: Iterator[Event], console: Console) -> Result:

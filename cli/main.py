@@ -14,8 +14,10 @@ from sgl_diffusion.runtime.errors import RunFailure, UserError
 COMMANDS = {
     "generate": "draw pictures or videos from a prompt",
     "verify": "compare the native pipeline with diffusers on a checkpoint, stage by stage",
+    "prewarm": "compile what a model's requests need, before there are any",
     "perf": "show and compare reports of runs",
-    "bench": "check, count, time and tune the kernels",
+    "plan": "predict the memory of a request, before anything is loaded",
+    "bench": "time generations; check, count, time and tune the kernels",
     "version": "print the version",
 }
 USER_MISTAKE, FAILURE, INTERRUPTED = 2, 1, 130

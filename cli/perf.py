@@ -10,15 +10,16 @@ from itertools import islice
 from pathlib import Path
 
 from PIL import Image, ImageDraw
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
 from sgl_diffusion.cli.flags import Parser
 from sgl_diffusion.runtime.errors import RunFailure, UserError
-from sgl_diffusion.runtime.report import Report
+from sgl_diffusion.runtime.report import Accounting, Report
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2")
-STEP_COLOUR = "#9ecae9"
+STEP_COLOUR, BOUND_COLOUR = "#9ecae9", "#222222"
 WIDTH, ROW, MARGIN, LEGEND = 1000, 46, 16, 22  # pixels of a timeline
 
 
@@ -46,6 +47,8 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
         for output in reports[0].outputs:
             print(f"saved {output}")
     console.print(comparison(names, reports))
+    if args.action == "show" and reports[0].accounting is not None:
+        _show_accounting(console, reports[0].accounting)
     if limit is None:
         return 0
     slower = _slower(args.reports[0], reports[0], args.reports[-1], reports[-1])
@@ -112,11 +115,28 @@ def comparison(names: Sequence[str], reports: Sequence[Report]) -> Table:
     return table
 
 
+def _show_accounting(console: Console, accounting: Accounting) -> None:
+    """Every stage beside the shortest time this device could take, and the largest losses."""
+    limits = accounting.limits
+    reached = ", ".join(f"{rate:.2f} TFLOP/s in {dtype}" for dtype, rate in limits.matmul_tflop_per_s.items())
+    table = Table("stage", box=SIMPLE)
+    for column in ("TFLOP", "GB", "bound ms", "by", "took ms", "share"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for stage in accounting.stages:
+        flops, moved = (sum(getattr(w, of) for w in stage.classes.values()) for of in ("flops", "bytes"))
+        amounts = f"{flops / 1e12:.4f}", f"{moved / 1e9:.3f}", f"{stage.bound_ms:.2f}"
+        table.add_row(stage.name, *amounts, stage.bound_by, f"{stage.measured_ms:.1f}", f"{stage.share:.0%}")
+    console.print(table)
+    print(f"limits of this device, measured: copy {limits.copy_gb_per_s:.1f} GB/s, products {reached}")
+    losses = ", ".join(f"{loss.where} {loss.ms:.1f} ms" for loss in accounting.largest_losses)
+    print(f"largest losses: {losses or 'none'}")
+
+
 # -- timeline -------------------------------------------------------------------------
 
 
 def plot(path: Path, names: Sequence[str], reports: Sequence[Report]) -> None:
-    """One row for every report: its stages to a common scale, the denoising steps inside their stage.
+    """One row for every report: its stages to a common scale, the denoising steps and each bound inside their stage.
 
     Raises:
         UserError: another suffix than .png or .html, or a place that cannot be written.
@@ -154,9 +174,13 @@ def _bars(row: int, report: Report, longest: float, colours: Mapping[str, str]) 
     steps = iter(report.denoise_steps_ms)
     batches = sum(stage.name == "denoising" for stage in report.steps)  # each of them takes the same number of steps
     steps_each = math.ceil(len(report.denoise_steps_ms) / max(batches, 1))
+    bounds = {} if report.accounting is None else {a.name: a for a in report.accounting.stages}
     for stage in report.steps:
         right = left + stage.duration_ms * scale
         bars.append((left, top, right, top + ROW, colours[stage.name], f"{stage.name}: {stage.duration_ms:.1f} ms"))
+        if (account := bounds.get(stage.name)) is not None:
+            label = f"bound of {stage.name}: {account.bound_ms:.1f} ms ({account.share:.0%})"
+            bars.append((left, top, left + account.bound_ms * scale, top + ROW * 0.15, BOUND_COLOUR, label))
         if stage.name == "denoising":
             at = left
             for step in islice(steps, steps_each):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
@@ -47,11 +48,18 @@ def _is_true(value: bool) -> bool:
     return value
 
 
+def _is_resolution(value: str) -> str:
+    if re.fullmatch(r"[1-9]\d*x[1-9]\d*", value) is None:
+        raise ValueError("expected WIDTHxHEIGHT in pixels, for example 1024x1024")
+    return value
+
+
 def _as_word(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
 Strings = Annotated[list[str], BeforeValidator(_as_list)]
+Resolution = Annotated[str, AfterValidator(_is_resolution)]
 Switch = Annotated[Literal["auto", "true", "false"], BeforeValidator(_as_word)]
 
 
@@ -116,6 +124,12 @@ class DeviceOptions(Options):
     device: Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")] = option(
         "auto", "auto, cpu, cuda or cuda:N; `auto` is the first GPU if there is one."
     )
+    device_memory_limit_mb: int | None = option(
+        None,
+        "MiB of the device's memory that a request may take; one that is predicted to need more is refused.",
+        unset="what is free on a GPU",
+        ge=1,
+    )
     num_gpus: int = option(1, "Devices used by one request. This version runs on one.", ge=1, le=1)
     tp_size: int | None = option(None, "Tensor parallelism. This version runs on one device.", unset="1", ge=1, le=1)
     sp_degree: int | None = option(
@@ -123,7 +137,8 @@ class DeviceOptions(Options):
     )
     performance_mode: Literal["manual", "auto", "speed", "memory"] = option(
         "auto",
-        "`memory`: VAE tiling and slicing on; `speed`: both off; `auto`: tiling above 4 megapixels; "
+        "`memory`: VAE tiling and slicing, and on a GPU every component offloaded; `speed`: none of it; "
+        "`auto`: tiling above 4 megapixels, offload as far as a GPU is too small; "
         "`manual`: only what other flags say.",
         aliases=["mode"],
     )
@@ -165,13 +180,39 @@ class VaeOptions(Options):
     )
 
 
+class OffloadOptions(Options):
+    """Offload"""
+
+    dit_cpu_offload: bool | None = option(
+        None, "Keep the denoiser on the host, and on the GPU only while it works.", unset="by performance_mode"
+    )
+    text_encoder_cpu_offload: bool | None = option(None, "The same for text encoders.", unset="by performance_mode")
+    image_encoder_cpu_offload: bool | None = option(None, "The same for image encoders.", unset="by performance_mode")
+    vae_cpu_offload: bool | None = option(None, "The same for the VAE.", unset="by performance_mode")
+    dit_layerwise_offload: bool = option(
+        False, "Keep the denoiser's layers on the host; each is copied to the GPU while the one before it computes."
+    )
+    layerwise_offload_components: Strings = option(
+        [], "Components whose layers are kept on the host, by name, or `all`.", aliases=["layerwise_offload_modules"]
+    )
+    dit_offload_prefetch_size: float | None = option(
+        None, "Layers copied ahead: 0 is one, below 1 a share of the layers, from 1 on a count.", unset="0", ge=0
+    )
+    pin_cpu_memory: bool | None = option(
+        None, "Lock offloaded weights in host memory, for copies that overlap.", unset="true"
+    )
+
+
 class AttentionOptions(Options):
     """Attention"""
 
     attention_backend: str | None = option(
         None,
-        "Denoiser's attention. Native: torch_sdpa, triton, fa. With the diffusers backend: diffusers' names.",
-        unset="the fastest",
+        "Denoiser's attention: torch_sdpa, triton, cudnn, fa, sage_attn or auto; diffusers' names with its backend.",
+        unset="auto",
+    )
+    attention_backend_config: dict[str, Any] = option(
+        {}, "Settings of attention_backend: JSON, key=value pairs, or a .json or .yaml file."
     )
     component_attention_backends: dict[str, str] = option(
         {}, "Per component, for example transformer=triton,text_encoder=torch_sdpa; also dotted."
@@ -188,10 +229,18 @@ class CompileOptions(Options):
 
     enable_cuda_graph: Switch = option(
         "auto",
-        "Capture a denoising step and replay it: `auto` where that can be done, `true` or an error, `false` never.",
+        "Capture a denoising step and replay it: `auto` where that can be done, on a CPU too; `true` or an error; "
+        "`false` never.",
     )
 
     enable_torch_compile: bool = option(False, "torch.compile the denoiser, block by block.")
+    warmup: bool = option(
+        False, "Compile, capture and try everything on throw-away pictures before the model is called ready."
+    )
+    warmup_steps: int | None = option(None, "Denoising steps of a throw-away picture.", unset="1", ge=1)
+    warmup_resolutions: Annotated[list[Resolution], BeforeValidator(_as_list)] = option(
+        [], "Sizes to warm up, WIDTHxHEIGHT, for example 1024x1024 768x1344. Others run on what these compile."
+    )
 
 
 class LogOptions(Options):
@@ -201,7 +250,14 @@ class LogOptions(Options):
 
 
 class ServerArgs(
-    ModelOptions, DeviceOptions, PrecisionOptions, VaeOptions, AttentionOptions, CompileOptions, LogOptions
+    ModelOptions,
+    DeviceOptions,
+    PrecisionOptions,
+    VaeOptions,
+    OffloadOptions,
+    AttentionOptions,
+    CompileOptions,
+    LogOptions,
 ):
     """What to load and how to run it."""
 
@@ -262,8 +318,17 @@ class OutputOptions(Options):
     )
     output_quality: int | None = option(None, "1 to 100, for JPEG, WebP and video.", unset="95, video 75", ge=1, le=100)
     perf_dump_path: str | None = option(
-        None, "Write the run's report to this JSON file, also if it fails.", unset="none"
+        None,
+        "Write the run's report to this JSON file, also if it fails; with shares of what the device can do.",
+        unset="none",
     )
+    measure_memory: bool = option(
+        False, "On a CPU, follow every tensor for the report, which takes time; a GPU's memory is always measured."
+    )
+    resume_latents: str | None = option(
+        None, "Decode the latents that a run kept in this .safetensors file when its decode failed.", unset="none"
+    )
+    profile: bool = option(False, "Write a PyTorch trace of the run beside its results (.trace.json.gz).")
 
 
 class BackendOptions(Options):

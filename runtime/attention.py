@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sgl_diffusion.kernels.attention import attention
+from sgl_diffusion.kernels.attention import MAX_HEAD_DIM, MIN_HEAD_DIM, attention
 from sgl_diffusion.runtime.errors import UserError
 
-TRITON_HEAD_DIMS = range(16, 129)
+HALF = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
@@ -24,20 +27,35 @@ class Case:
     dtype: torch.dtype
     head_dim: int | None = None
 
+    def not_on_a_gpu(self) -> list[str]:
+        return [] if self.device.type == "cuda" else [f"needs an NVIDIA GPU, the device is {self.device}"]
+
+    def not_half(self) -> list[str]:
+        return [] if self.dtype in HALF else [f"runs in bf16 or fp16, not {str(self.dtype).removeprefix('torch.')}"]
+
+    def head_dim_outside(self, lowest: int, highest: int) -> list[str]:
+        fits = self.head_dim is None or lowest <= self.head_dim <= highest
+        return [] if fits else [f"head dim {self.head_dim} is outside of {lowest} to {highest}"]
+
 
 class Backend(Protocol):
     name: str
+    settings: Mapping[str, type]
+    """What `attention_backend_config` may hold: keyword arguments of `run`."""
 
     def reasons(self, case: Case) -> list[str]:
         """Why this backend cannot run the case; empty if it can."""
 
-    def run(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor: ...
+    @property
+    def run(self) -> Callable[..., Tensor]:
+        """`run(q_BLHK, k_BLHK, v_BLHK, *, out=None, **settings) -> out_BLHK`."""
 
 
 class TorchSdpa:
     """`torch.nn.functional.scaled_dot_product_attention`, which chooses cuDNN, Flash or its own kernels."""
 
     name = "torch_sdpa"
+    settings: Mapping[str, type] = {}
 
     def reasons(self, case: Case) -> list[str]:
         return []
@@ -46,17 +64,35 @@ class TorchSdpa:
         return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl="torch")
 
 
+class Cudnn:
+    """cuDNN's fused attention, through PyTorch."""
+
+    name = "cudnn"
+    settings: Mapping[str, type] = {}
+
+    def reasons(self, case: Case) -> list[str]:
+        why = case.not_on_a_gpu() + case.not_half() + case.head_dim_outside(8, 128)
+        if case.head_dim is not None and case.head_dim % 8:
+            why.append(f"head dim {case.head_dim} is not a multiple of 8")
+        if not torch.backends.cudnn.is_available():  # type: ignore[no-untyped-call]
+            why.append("PyTorch has no cuDNN here")
+        return why
+
+    def run(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
+        q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            result = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+        return result if out is None else out.copy_(result)
+
+
 class Triton:
     """Our flash attention kernel."""
 
     name = "triton"
+    settings: Mapping[str, type] = {}
 
     def reasons(self, case: Case) -> list[str]:
-        why = [] if case.device.type == "cuda" else [f"needs an NVIDIA GPU, the device is {case.device}"]
-        if case.head_dim is not None and case.head_dim not in TRITON_HEAD_DIMS:
-            limits = f"{TRITON_HEAD_DIMS[0]} to {TRITON_HEAD_DIMS[-1]}"
-            why.append(f"head dim {case.head_dim} is outside of {limits}")
-        return why
+        return case.not_on_a_gpu() + case.head_dim_outside(MIN_HEAD_DIM, MAX_HEAD_DIM)
 
     def run(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
         return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl="triton")
@@ -66,15 +102,12 @@ class FlashAttention:
     """The `flash-attn` package (Dao 2023)."""
 
     name = "fa"
+    settings: Mapping[str, type] = {}
 
     def reasons(self, case: Case) -> list[str]:
-        why = [] if case.device.type == "cuda" else [f"needs an NVIDIA GPU, the device is {case.device}"]
-        if case.dtype not in (torch.bfloat16, torch.float16):
-            why.append(f"runs in bf16 or fp16, not {str(case.dtype).removeprefix('torch.')}")
+        why = case.not_on_a_gpu() + case.not_half() + case.head_dim_outside(8, 256)
         if importlib.util.find_spec("flash_attn") is None:
             why.append("the package flash-attn is not installed (pip install 'sgl-diffusion[flash-attn]')")
-        if case.head_dim is not None and case.head_dim > 256:
-            why.append(f"head dim {case.head_dim} is above 256")
         return why
 
     def run(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
@@ -84,9 +117,32 @@ class FlashAttention:
         return result if out is None else out.copy_(result)
 
 
-BACKENDS: Mapping[str, Backend] = {b.name: b for b in (TorchSdpa(), Triton(), FlashAttention())}
-# tried in this order where the user says nothing; torch first until the kernel is measured faster on a GPU
-PREFERENCE = ("torch_sdpa", "triton", "fa")
+class SageAttention:
+    """The `sageattention` package: products of 8-bit numbers, not exact (Zhang et al. 2024)."""
+
+    name = "sage_attn"
+    settings: Mapping[str, type] = {"smooth_k": bool}
+
+    def reasons(self, case: Case) -> list[str]:
+        why = case.not_on_a_gpu() + case.not_half() + case.head_dim_outside(8, 128)
+        if importlib.util.find_spec("sageattention") is None:
+            why.append("the package sageattention is not installed (pip install sageattention)")
+        return why
+
+    def run(
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, smooth_k: bool = True
+    ) -> Tensor:
+        from sageattention import sageattn
+
+        result: Tensor = sageattn(q_BLHK, k_BLHK, v_BLHK, tensor_layout="NHD", smooth_k=smooth_k)
+        return result if out is None else out.copy_(result)
+
+
+BACKENDS: Mapping[str, Backend] = {
+    b.name: b for b in (TorchSdpa(), Triton(), Cudnn(), FlashAttention(), SageAttention())
+}
+# of those that are exact, tried in this order where the user says nothing; torch first until ours is measured on a GPU
+PREFERENCE = ("torch_sdpa", "triton", "cudnn", "fa")
 
 
 class Attention:
@@ -95,16 +151,25 @@ class Attention:
     Args:
         component: key in `model_index.json`, for messages.
         requested: a backend's name, or None for the first of `PREFERENCE` that does not refuse.
+        config: settings of the requested backend.
     Raises:
-        UserError: the requested backend does not exist or refuses the case, with its reasons.
+        UserError: the requested backend does not exist, refuses the case, with its reasons, or has no such setting.
     """
 
-    def __init__(self, component: str, requested: str | None, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        component: str,
+        requested: str | None,
+        device: torch.device,
+        dtype: torch.dtype,
+        config: Mapping[str, Any] | None = None,
+    ) -> None:
         self.component, self.requested = component, requested
         self.device, self.dtype = device, dtype
         self.used: str | None = None
         self._by_head_dim: dict[int, Backend] = {}
-        _pick(component, requested, Case(device, dtype))
+        backend = _pick(component, requested, Case(device, dtype))
+        self._settings = read_settings(backend if requested else None, config or {})
 
     def __call__(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
         head_dim = q_BLHK.shape[-1]
@@ -113,7 +178,31 @@ class Attention:
             backend = _pick(self.component, self.requested, Case(self.device, self.dtype, head_dim))
             self._by_head_dim[head_dim] = backend
             self.used = backend.name
-        return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out)
+        return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, **self._settings)
+
+
+def read_settings(backend: Backend | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """`attention_backend_config`, checked: text from `k=v` becomes what the setting is.
+
+    Raises:
+        UserError: no backend was asked for, or it has no such setting, or not with such a value.
+    """
+    if config and backend is None:
+        raise UserError(f"attention_backend_config={dict(config)}: needs attention_backend to say whose it is")
+    settings: dict[str, Any] = {}
+    for name, value in config.items():
+        assert backend is not None
+        if name not in backend.settings:
+            known = ", ".join(backend.settings) or "no settings"
+            near = difflib.get_close_matches(name, backend.settings, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise UserError(f"attention_backend_config.{name}={value}: {backend.name} has {known}{hint}")
+        if backend.settings[name] is bool:
+            if value not in (True, False, "true", "false"):
+                raise UserError(f"attention_backend_config.{name}={value}: expected true or false")
+            value = value in (True, "true")
+        settings[name] = value
+    return settings
 
 
 def _pick(component: str, requested: str | None, case: Case) -> Backend:

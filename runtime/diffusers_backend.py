@@ -59,6 +59,9 @@ class DiffusersPipeline:
 
     def _set_attention(self, args: ServerArgs) -> dict[str, str]:
         used = {}
+        if args.attention_backend_config:
+            told = dict(args.attention_backend_config)
+            raise UserError(f"attention_backend_config={told}: diffusers' attention backends take no settings")
         wanted = args.diffusers_attention_backend or args.attention_backend
         for key, module in self.denoisers().items():
             backend = args.component_attention_backends.get(key, wanted)
@@ -252,6 +255,11 @@ class DiffusersPipeline:
         options = {k: v for k, v in request.diffusers_kwargs.items() if k not in self.call_arguments}
         if options:
             self.pipe.scheduler = type(self.pipe.scheduler).from_config(self.pipe.scheduler.config, **options)
+
+    @contextmanager
+    def warming_up(self, shapes: int) -> Iterator[None]:
+        """Nothing beside the throw-away requests themselves."""
+        yield
 
     def effective(self, request: Request) -> dict[str, Any]:
         """What took effect, for the report."""

@@ -8,35 +8,56 @@ for event in engine.generate(SamplingParams(prompt="a red circle on a blue backg
 from __future__ import annotations
 
 import datetime
-import difflib
-import importlib
 import logging
 import os
 import sys
 import time
 import uuid
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
 
-from sgl_diffusion.models.catalog import FAMILIES
-from sgl_diffusion.models.config import ConfigError
-from sgl_diffusion.models.family import Family
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
-from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
+from sgl_diffusion.runtime.compilation import compilations, keep_compiled_code
 from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
-from sgl_diffusion.runtime.diffusers_loader import component_kinds, dummy_pipe, load_pipe
+from sgl_diffusion.runtime.diffusers_loader import dummy_pipe, load_pipe
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageFinished, StageStarted
-from sgl_diffusion.runtime.output import Output, frames_path, plan_outputs, request_digest, save, save_frames
-from sgl_diffusion.runtime.pipeline import NativePipeline, Pixels
-from sgl_diffusion.runtime.plan import make_plan
-from sgl_diffusion.runtime.report import Failure, Report, StageTime, StepTime, commit_hash, memory_checkpoint, versions
+from sgl_diffusion.runtime.latents import Latents, latents_path, resumed, save_latents
+from sgl_diffusion.runtime.memory import Gauge, MemoryPlanner, module_bytes
+from sgl_diffusion.runtime.output import (
+    Output,
+    frames_path,
+    plan_outputs,
+    request_digest,
+    save,
+    save_frames,
+    save_trace,
+    trace_path,
+)
+from sgl_diffusion.runtime.pipeline import DecodeFailure, NativePipeline, Pixels
+from sgl_diffusion.runtime.prewarm import throw_away_requests
+from sgl_diffusion.runtime.report import (
+    MIB,
+    Accounting,
+    Failure,
+    MemoryReport,
+    Report,
+    StageTime,
+    StepTime,
+    commit_hash,
+    memory_checkpoint,
+    versions,
+)
 from sgl_diffusion.runtime.request import Request, resolve_request
-from sgl_diffusion.runtime.trace import Span, Stopwatch
+from sgl_diffusion.runtime.resolve import Resolved, resolve
+from sgl_diffusion.runtime.telemetry import Telemetry
+from sgl_diffusion.runtime.trace import Span, Stopwatch, profiler
 
 log = logging.getLogger("sgl_diffusion")
 
@@ -46,98 +67,54 @@ DEFAULT_FPS = 24
 class Engine:
     """A model ready to draw. `backend` is the native pipeline or the diffusers one; both answer to the same calls."""
 
-    def __init__(
-        self,
-        args: ServerArgs,
-        backend: NativePipeline | DiffusersPipeline,
-        pipeline_class: str,
-        checkpoint_defaults: Mapping[str, Any],
-        why: str,
-    ) -> None:
-        self.args, self.backend, self.pipeline_class = args, backend, pipeline_class
-        self.checkpoint_defaults = checkpoint_defaults
-        self.why = why
+    def __init__(self, args: ServerArgs, model: Resolved, backend: NativePipeline | DiffusersPipeline) -> None:
+        self.args, self.model, self.backend = args, model, backend
         self.device = backend.plan.device
+        self.warmed_up: dict[str, Any] | None = None  # what a warm-up did, for the report
 
     @classmethod
-    def load(cls, args: ServerArgs) -> Engine:
+    def load(cls, args: ServerArgs, like: SamplingParams | None = None) -> Engine:
         """Loads the model the arguments name.
 
+        Args:
+            like: the request that has to fit into memory beside the weights, and that a warm-up takes after, if there
+                is to be one; only its results are not written.
         Raises:
             UserError: the model cannot be found, read or run as asked.
         """
         started = time.perf_counter()
-        engine = cls._load_dummy(args) if args.load_format == "dummy" else cls._load_checkpoint(args)
+        first, latents = (None, None) if like is None else resumed(like, args)
+        throw_away = throw_away_requests(args, first or SamplingParams(prompt=["a warm-up"]))
+        keep_compiled_code()
+        compilations()  # counted from here on
+        model = resolve(args)
+        engine = cls(args, model, _build(model, args, _plan_memory(model, args, first, latents is not None)))
         log.info(
             "loaded %s with the %s backend (%s) in %.1f s",
             args.model_path,
             engine.backend.name,
-            engine.why,
+            model.why,
             time.perf_counter() - started,
         )
+        if throw_away:
+            engine.warm_up(throw_away)
         return engine
 
-    @classmethod
-    def _load_checkpoint(cls, args: ServerArgs) -> Engine:
-        checkpoint = open_checkpoint(args.model_path, args.revision, args.component_paths)
-        pipeline_class = args.pipeline_class_name or checkpoint.pipeline_class
-        native_why = _refusal(args, pipeline_class)
-        if native_why is None:
-            try:
-                return cls(
-                    args,
-                    _native(checkpoint, args, pipeline_class),
-                    pipeline_class,
-                    checkpoint.sampling_defaults,
-                    "native family",
-                )
-            except ConfigError as e:
-                native_why = str(e)
-        if args.backend == "sglang":
-            raise UserError(f"backend=sglang: {native_why}; --backend diffusers can run it")
-        if args.model_id is not None:
-            raise UserError(f"model_id={args.model_id}: lends native defaults; has no effect here ({native_why})")
-        kinds = component_kinds(checkpoint)
-        plan = make_plan(args, kinds)
-        pipe = load_pipe(checkpoint, args, plan, pipeline_class)
-        backend = DiffusersPipeline(pipe, kinds, args, plan, pipeline_class)
-        return cls(args, backend, pipeline_class, checkpoint.sampling_defaults, native_why)
+    def warm_up(self, requests: Sequence[SamplingParams]) -> None:
+        """Draws what is thrown away, so that requests of these shapes compile, capture and tune nothing.
 
-    @classmethod
-    def _load_dummy(cls, args: ServerArgs) -> Engine:
-        """Random weights at true shape, from a preset's configs or those of a local folder."""
-        name, why = args.model_id or args.model_path, f"dummy weights of {args.model_id or args.model_path}"
-        pipeline_class = next((c for c in FAMILIES if name in _family(c).presets()), None)
-        sampling_defaults: Mapping[str, Any] = {}
-        if pipeline_class is not None:
-            if args.component_paths:
-                raise UserError(f"component_paths={args.component_paths}: no effect on the dummy weights of a preset")
-            family = _family(pipeline_class)
-            configs, defaults = family.presets()[name].components, family.presets()[name].defaults
-        elif name == EMBEDDED or Path(name).expanduser().is_dir():
-            checkpoint = open_checkpoint(name, None, args.component_paths)
-            pipeline_class, sampling_defaults = checkpoint.pipeline_class, checkpoint.sampling_defaults
-            if pipeline_class not in FAMILIES:
-                raise UserError(f"load_format=dummy: {pipeline_class} has no native implementation")
-            family = _family(pipeline_class)
-            configs = {key: checkpoint.config(key) for key in family.components()}
-            defaults = family.defaults(configs)
-        else:
-            raise UserError(
-                f"model_path={name}: load_format=dummy needs a config folder or one of {', '.join(presets())}"
-            )
-        kinds = family.components()
-        plan = make_plan(args, kinds)
-        backend: NativePipeline | DiffusersPipeline
-        if args.backend == "diffusers":
-            pipe = dummy_pipe(pipeline_class, kinds, configs, plan)
-            backend = DiffusersPipeline(pipe, kinds, args, plan, pipeline_class)
-        else:
-            try:
-                backend = NativePipeline(family, configs, None, defaults, args, plan)
-            except ConfigError as e:
-                raise UserError(f"load_format=dummy: {e}") from e
-        return cls(args, backend, pipeline_class, sampling_defaults, why)
+        Raises:
+            UserError: a request that this model cannot honour.
+        """
+        started, before = time.perf_counter(), compilations()
+        with self.backend.warming_up(len(requests)):
+            reports = [self.run(request).report for request in requests]
+        self.warmed_up = {
+            "sizes": [report.effective.get("size") for report in reports],
+            "duration_ms": (time.perf_counter() - started) * 1000,
+            "compilations": asdict(compilations() - before),
+        }
+        log.info("warmed up in %.1f s: %s", time.perf_counter() - started, self.warmed_up["compilations"])
 
     # -- a request ------------------------------------------------------------------
 
@@ -170,22 +147,28 @@ class _Run:
 
     def __init__(self, engine: Engine, params: SamplingParams) -> None:
         self.engine, self.params = engine, params
-        self.watch = Stopwatch(engine.device)
-        self.started = time.perf_counter()
+        self.watch = Stopwatch(engine.device, annotate=params.profile)
+        self.gauge: Gauge | None = None
+        self.started, self.compiled_before = time.perf_counter(), compilations()
         self.memory = {"before_forward": memory_checkpoint(engine.device)}
         self.request_id = uuid.uuid4().hex
         self.request: Request | None = None
         self.paths: list[Path] = []
+        self.telemetry: Telemetry | None = None
         self.finished = False
 
     def events(self) -> Generator[Event, None, None]:
-        engine, params = self.engine, self.params
+        engine = self.engine
+        self.params, latents = resumed(self.params, engine.args)
+        params = self.params
         if params.perf_dump_path is not None:
             _demand_writable("perf_dump_path", Path(params.perf_dump_path))
-        self.request = request = resolve_request(params, engine.checkpoint_defaults, engine.args)
+        self.request = request = resolve_request(params, engine.model.sampling_defaults, engine.args)
         engine.backend.prepare(request)
         plan = plan_outputs(params, request, is_video=engine.backend.draws_video) if params.save_output else []
-        pixels = yield from engine.backend.run(request, self.watch)
+        trace = trace_path(plan) if params.profile else None
+        with self._observed(trace):
+            pixels = yield from self._pixels(request, latents, plan)
         outputs = [self._output(request, i, p) for i, p in enumerate(pixels)]
         if plan:
             yield StageStarted("saving")
@@ -196,11 +179,55 @@ class _Run:
                     if params.return_frames:
                         self.paths.append(save_frames(output, frames_path(path)))
             yield StageFinished("saving")
+        if trace is not None:
+            self.paths.append(trace)
         report = self._report(error=None)
         self.finished = True
         if params.perf_dump_path is not None:
             report.write(Path(params.perf_dump_path))
         yield Finished(Result(outputs, self.paths, report))
+
+    def _pixels(
+        self, request: Request, latents: Latents | None, plan: Sequence[Path]
+    ) -> Generator[Event, None, list[Pixels]]:
+        """Draws the request, or decodes its latents. Latents whose decode fails are kept beside the planned results."""
+        backend, params = self.engine.backend, self.params
+        if not isinstance(backend, NativePipeline):
+            for name in ("resume_latents", "measure_memory"):
+                if value := getattr(params, name):
+                    raise UserError(f"{name}={str(value).lower()}: the diffusers backend cannot do it")
+            return (yield from backend.run(request, self.watch))
+        if params.measure_memory and backend.compiled:
+            raise UserError("measure_memory=true: not with enable_torch_compile, whose memory cannot be followed")
+        counting = params.measure_memory
+        self.gauge = Gauge(backend.plan.device, counting=counting, weights=module_bytes(backend.parts.values()))
+        try:
+            return (yield from backend.run(request, self.watch, gauge=self.gauge, latents=latents))
+        except DecodeFailure as e:
+            why = "out of memory" if isinstance(e.__cause__, torch.OutOfMemoryError) else str(e.__cause__)
+            if latents is not None or not plan or not torch.isfinite(e.latents).all():  # no decode would help those
+                raise RunFailure(f"the decode failed: {why}") from e
+            path = save_latents(e.latents, request, self.engine.args, latents_path(plan))
+            self.paths.append(path)
+            raise RunFailure(
+                f"the decode failed: {why}. The finished latents are kept: --resume-latents {path} decodes them, "
+                "for example with --vae-tiling"
+            ) from e
+
+    @contextmanager
+    def _observed(self, trace: Path | None) -> Iterator[None]:
+        """Watches the work inside: a GPU's clocks and power for a perf dump, every operation for a trace."""
+        device, profile = self.engine.device, None
+        with ExitStack() as observers:
+            if device.type == "cuda" and self.params.perf_dump_path is not None:
+                uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+                self.telemetry = observers.enter_context(Telemetry(uuid))
+            if trace is not None:
+                profile = observers.enter_context(profiler(device))
+            yield
+        if trace is not None and profile is not None:
+            with self.watch.span("trace_writing"):
+                save_trace(profile, trace)
 
     def close(self, error: BaseException | None) -> None:
         """Writes the perf dump of a request that did not finish."""
@@ -226,7 +253,7 @@ class _Run:
             "negative_prompt": request.negative_prompt,
             "seed": output.seed,
             "model": self.engine.args.model_path,
-            "pipeline_class": self.engine.pipeline_class,
+            "pipeline_class": self.engine.model.pipeline_class,
             "backend": self.engine.backend.name,
             "digest": request_digest(request, output.index),
             **request.given,
@@ -240,12 +267,20 @@ class _Run:
             if error is None:
                 raise
             spans = []
+        measured = {} if self.gauge is None else self.gauge.peaks
         self.memory["after_forward"] = memory_checkpoint(engine.device)
+        if engine.device.type == "cuda" and measured:  # the allocator's own peak is that of the last stage
+            self.memory["after_forward"].peak_allocated_mb = max(measured.values()) / MIB
+        total_ms = (time.perf_counter() - self.started) * 1000
+        stages = [StageTime(name=s.name, duration_ms=s.duration_ms) for s in spans if s.depth == 0]
         effective: dict[str, Any] = {
             "backend": engine.backend.name,
-            "backend_reason": engine.why,
-            "pipeline_class": engine.pipeline_class,
+            "backend_reason": engine.model.why,
+            "pipeline_class": engine.model.pipeline_class,
             "device": str(engine.device),
+            "performance_mode": {"mode": engine.args.performance_mode, "chose": dict(engine.backend.plan.chosen)},
+            "warmup": engine.warmed_up,
+            "compilations": asdict(compilations() - self.compiled_before),
             "ignored": [],
         }
         meta: dict[str, Any] = {"model": engine.args.model_path}
@@ -263,8 +298,8 @@ class _Run:
             request_id=self.request_id,
             commit_hash=commit_hash(),
             tag="cli_generate",
-            total_duration_ms=(time.perf_counter() - self.started) * 1000,
-            steps=[StageTime(name=s.name, duration_ms=s.duration_ms) for s in spans if s.depth == 0],
+            total_duration_ms=total_ms,
+            steps=stages,
             denoise_steps_ms=[StepTime(step=i, duration_ms=s.duration_ms) for i, s in enumerate(_steps(spans))],
             memory_checkpoints=self.memory,
             meta=meta,
@@ -272,7 +307,27 @@ class _Run:
             versions=versions(engine.device),
             outputs=[str(p) for p in self.paths],
             error=None if error is None else Failure(type=type(error).__name__, message=str(error)),
+            accounting=None if error is not None else self._accounting(stages, total_ms),
+            telemetry=None if self.telemetry is None else self.telemetry.ranges(),
+            memory=self._memory_report(measured) if error is None else None,
         )
+
+    def _memory_report(self, measured: Mapping[str, int]) -> MemoryReport | None:
+        backend = self.engine.backend
+        return backend.memory_report(measured) if isinstance(backend, NativePipeline) else None
+
+    def _accounting(self, stages: Sequence[StageTime], total_ms: float) -> Accounting | None:
+        """Counted and measured after the request, and only if someone will read it."""
+        backend = self.engine.backend
+        if self.request is None or self.params.perf_dump_path is None or not isinstance(backend, NativePipeline):
+            return None
+        if self.params.resume_latents is not None:  # most of the work was another run's
+            return None
+        try:
+            return backend.account(self.request, stages, total_ms)
+        except torch.OutOfMemoryError:  # the pictures are drawn: they are not lost for this
+            log.warning("no accounting in the report: the device has no room to measure its limits")
+            return None
 
 
 def _steps(spans: list[Span]) -> list[Span]:
@@ -288,39 +343,34 @@ def _demand_writable(field: str, path: Path) -> None:
         raise UserError(f"{field}={path}: is a folder; expected a file name")
 
 
-def _family(pipeline_class: str) -> type[Family]:
-    module, _, name = FAMILIES[pipeline_class].partition(":")
-    family: type[Family] = getattr(importlib.import_module(module), name)
-    return family
+def _plan_memory(
+    model: Resolved, args: ServerArgs, first: SamplingParams | None, decode_only: bool
+) -> MemoryPlanner | None:
+    """Plans before anything is loaded.
+
+    Raises:
+        UserError: the weights cannot fit, or the first request beside them.
+    """
+    if not model.native:
+        if args.device_memory_limit_mb is not None:
+            raise UserError(f"device_memory_limit_mb={args.device_memory_limit_mb}: the diffusers backend has no limit")
+        return None
+    assert model.blueprint is not None
+    memory = MemoryPlanner(model.blueprint, args)
+    memory.check_weights()
+    if first is not None and memory.available() is not None:
+        request = resolve_request(first, model.sampling_defaults, args)
+        memory.tiling(memory.workload(request, decode_only=decode_only))
+    return memory
 
 
-def presets() -> list[str]:
-    """Hub ids whose shapes are built in, for `load_format="dummy"`."""
-    return [name for pipeline_class in FAMILIES for name in _family(pipeline_class).presets()]
-
-
-def _refusal(args: ServerArgs, pipeline_class: str) -> str | None:
-    """Why the native backend does not take this model, or None if it does."""
-    if args.backend == "diffusers":
-        return "asked for with backend=diffusers"
-    if args.diffusers_attention_backend is not None:
-        return "asked for with diffusers_attention_backend"
-    if pipeline_class not in FAMILIES:
-        near = difflib.get_close_matches(pipeline_class, FAMILIES, n=1)
-        hint = f" (nearest: {near[0]})" if near else ""
-        return f"{pipeline_class} has no native implementation{hint}"
-    return None
-
-
-def _native(checkpoint: Checkpoint, args: ServerArgs, pipeline_class: str) -> NativePipeline:
-    family = _family(pipeline_class)
-    kinds = family.components()
-    if missing := [k for k in kinds if k not in checkpoint.folders]:
-        raise ConfigError(f"{pipeline_class} without component {missing[0]}")
-    configs = {key: checkpoint.config(key) for key in kinds}
-    preset = family.presets().get(args.model_id or "")
-    if args.model_id is not None and preset is None:
-        raise UserError(f"model_id={args.model_id}: expected one of {', '.join(family.presets())}")
-    defaults = preset.defaults if preset else family.defaults(configs)
-    folders = {key: checkpoint.folders[key] for key in kinds}
-    return NativePipeline(family, configs, folders, defaults, args, make_plan(args, kinds))
+def _build(model: Resolved, args: ServerArgs, memory: MemoryPlanner | None) -> NativePipeline | DiffusersPipeline:
+    if model.native:
+        assert model.blueprint is not None
+        return NativePipeline(model.blueprint, model.folders, args, memory=memory)
+    if model.checkpoint is not None and not model.dummy:
+        pipe = load_pipe(model.checkpoint, args, model.plan, model.pipeline_class)
+    else:
+        assert model.blueprint is not None
+        pipe = dummy_pipe(model.pipeline_class, model.kinds, model.blueprint.configs, model.plan)
+    return DiffusersPipeline(pipe, model.kinds, args, model.plan, model.pipeline_class)

@@ -9,12 +9,12 @@ import re
 import tempfile
 import unicodedata
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import av
 import numpy as np
@@ -24,6 +24,9 @@ from PIL import Image, PngImagePlugin, UnidentifiedImageError
 from sgl_diffusion.runtime.args import SamplingParams
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.request import Request
+
+if TYPE_CHECKING:
+    import torch
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 CLIPS = (".mp4", ".mkv", ".webm", ".gif")
@@ -67,6 +70,8 @@ def plan_outputs(params: SamplingParams, request: Request, *, is_video: bool) ->
                 raise UserError(f"output_file_name={path.name}: {path} holds another run; choose another name")
         elif params.return_frames and frames_path(path).exists():
             raise UserError(f"output_file_name={path.name}: {frames_path(path)} exists already; choose another name")
+    if params.profile and not paths[0].exists() and trace_path(paths).exists():
+        raise UserError(f"output_file_name={paths[0].name}: {trace_path(paths)} exists already; choose another name")
     return paths
 
 
@@ -130,7 +135,7 @@ def _make_writable(folder: Path) -> None:
 
 
 @contextmanager
-def _whole(path: Path) -> Iterator[Path]:
+def whole(path: Path) -> Iterator[Path]:
     """A file beside `path` to write to. It takes the name when the block ends well, and is gone when it does not."""
     part = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
     try:
@@ -152,7 +157,7 @@ def save(output: Output, path: Path, metadata: Mapping[str, Any], quality: int |
         RunFailure: the disk does not take the file.
     """
     note = json.dumps(dict(metadata), sort_keys=True, default=str, ensure_ascii=False)
-    with _whole(path) as part:
+    with whole(path) as part:
         if output.frames is None:
             assert output.image is not None
             _write_picture(output.image, part, note, parameters(metadata, output.image.size), quality)
@@ -186,8 +191,20 @@ def frames_path(path: Path) -> Path:
 def save_frames(output: Output, path: Path) -> Path:
     """Writes the raw frames, uint8 (F, H, W, 3) with F = 1 for a picture, as NumPy's .npy."""
     frames = np.asarray(output.image)[None] if output.frames is None else output.frames
-    with _whole(path) as part, part.open("wb") as file:
+    with whole(path) as part, part.open("wb") as file:
         np.save(file, frames)
+    return path
+
+
+def trace_path(paths: Sequence[Path]) -> Path:
+    """Where the trace of the request with these results goes: beside the first."""
+    return paths[0].with_suffix(".trace.json.gz")
+
+
+def save_trace(profile: torch.profiler.profile, path: Path) -> Path:
+    """Writes a trace for chrome://tracing, Perfetto and the like, compressed."""
+    with whole(path) as part:
+        profile.export_chrome_trace(str(part))
     return path
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +13,29 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sgl_diffusion.models.config import ConfigError
-from sgl_diffusion.models.family import Defaults, Family, Guidance, Size
+from sgl_diffusion.models.family import Family, Guidance, Size
 from sgl_diffusion.models.text import HashTokenizer, PromptTooLong
 from sgl_diffusion.runtime import denoise
+from sgl_diffusion.runtime.accounting import Accountant
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.attention import Attention
+from sgl_diffusion.runtime.blueprint import Blueprint
 from sgl_diffusion.runtime.encoders import dummy_encoder, load_encoder, load_tokenizer
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, StageFinished, StageStarted, StepDone
-from sgl_diffusion.runtime.graphs import step_graphs
-from sgl_diffusion.runtime.plan import Plan, dtype_name
-from sgl_diffusion.runtime.request import Request
-from sgl_diffusion.runtime.schedulers import FlowMatchEuler
+from sgl_diffusion.runtime.graphs import STAGES, CudaGraphs, capturing, make_graphs
+from sgl_diffusion.runtime.latents import Latents
+from sgl_diffusion.runtime.memory import Gauge, MemoryPlanner, Workload
+from sgl_diffusion.runtime.offload import DeviceStreams, Offload, fits_host_memory
+from sgl_diffusion.runtime.plan import dtype_name
+from sgl_diffusion.runtime.prewarm import compile_kernels
+from sgl_diffusion.runtime.report import Accounting, MemoryReport, StageTime
+from sgl_diffusion.runtime.request import Request, settle
+from sgl_diffusion.runtime.tape import Tapes
 from sgl_diffusion.runtime.trace import Stopwatch
-from sgl_diffusion.runtime.weights import fill_dummy, load_weights, weight_files
+from sgl_diffusion.runtime.weights import Source, fill_dummy, find_weights, load_weights, weight_files
+
+CPU = torch.device("cpu")
 
 Pixels = NDArray[np.uint8]
 """A picture (H, W, 3) or a clip (F, H, W, 3)."""
@@ -39,83 +48,115 @@ def ignore(name: str, tensor: Tensor) -> None:
     """Records nothing."""
 
 
+@dataclass(frozen=True)
+class Decode:
+    """A pure function of final states of one size, which can be captured."""
+
+    family: Family
+    vae: Any
+    size: Size
+    tiling: bool
+    slicing: bool
+
+    def __call__(self, x: Tensor) -> tuple[Tensor]:
+        self.vae.tiling, self.vae.slicing = self.tiling, self.slicing
+        return (self.family.decode(x, self.size),)
+
+
+class DecodeFailure(RunFailure):
+    """The pictures could not be decoded; `__cause__` says why. The finished latents are not lost."""
+
+    def __init__(self, latents: Tensor) -> None:
+        super().__init__("the latents could not be decoded")
+        self.latents = latents
+
+
 class NativePipeline:
-    """A loaded family. `folders` is None where weights are dummies built from `configs` alone."""
+    """A loaded family.
+
+    Args:
+        folders: of the components; None where weights are dummies.
+        streams: the device that offloaded weights come to; None for the plan's GPU.
+        memory: a planner that has looked at the blueprint already.
+    """
 
     name = "sglang"
     draws_video = False
 
     def __init__(
         self,
-        family: type[Family],
-        configs: Mapping[str, Mapping[str, Any]],
+        blueprint: Blueprint,
         folders: Mapping[str, Path] | None,
-        defaults: Defaults,
         args: ServerArgs,
-        plan: Plan,
+        streams: DeviceStreams | None = None,
+        memory: MemoryPlanner | None = None,
     ) -> None:
-        self.plan, self.defaults, self.dummy = plan, defaults, folders is None
+        self.blueprint, self.plan, self.defaults = blueprint, blueprint.plan, blueprint.defaults
+        self.folders, plan = folders, blueprint.plan
+        self.memory = memory or MemoryPlanner(blueprint, args)
+        self.last_run: tuple[Workload, bool] | None = None  # and whether it was decoded in tiles
         self.attention: dict[str, Attention] = {}
         self.encoder_attention: dict[str, str] = {}
-        self.scheduler = FlowMatchEuler.read(configs["scheduler"])
-        vae_config = args.vae_config
-        vae_options = {
-            "tile_height": vae_config.tile_sample_min_height,
-            "tile_width": vae_config.tile_sample_min_width,
-            "with_encoder": vae_config.load_encoder,
-        }
-        parts: dict[str, Any] = {}
-        for key, kind in family.components().items():
+        self.scheduler = blueprint.scheduler()
+        self.parts: dict[str, Any] = {}
+        mapped: dict[str, Sequence[Source]] = {}  # weights that stay in their files
+        for key, kind in blueprint.kinds.items():
             if kind in ("denoiser", "vae"):
-                self.attention[key] = Attention(key, plan.attention[key], plan.device, plan.dtypes[key])
-                options = vae_options if kind == "vae" else {}
-                parts[key] = self._module(family, key, configs[key], folders, options)
+                config = args.attention_backend_config if kind == "denoiser" else {}
+                self.attention[key] = Attention(key, plan.attention[key], plan.device, plan.dtypes[key], config)
+                self.parts[key] = blueprint.module(key, self.attention[key])
+                mapped[key] = self._fill(key, must_pin=args.pin_cpu_memory is True)
             elif kind == "text_encoder":
-                parts[key] = self._encoder(key, configs[key], folders)
+                self.parts[key] = self._encoder(key)
             elif kind == "tokenizer":
-                parts[key] = self._tokenizer(key, configs, folders)
-        self.family = family(parts)
-        self.parts = parts
+                self.parts[key] = self._tokenizer(key)
+        self.family = blueprint.family(self.parts)
+        self.offload = Offload(self.parts, blueprint.kinds, plan, mapped, streams)
         self.compiled = self._compile() if plan.compile else {}
-        prevented_by = "torch.compile has graphs of its own" if self.compiled else ""
-        self.graphs = step_graphs(args.enable_cuda_graph, plan.device, prevented_by)
+        prevented = {"denoising": "torch.compile has graphs of its own"} if self.compiled else {}
+        moving = [stage for stage, kind in STAGES.items() if self.offload.moves(kind)]
+        prevented |= dict.fromkeys(moving, "offloaded weights have no fixed address")
+        recorder = CudaGraphs() if plan.device.type == "cuda" else Tapes()
+        self.graphs = make_graphs(args.enable_cuda_graph, recorder, prevented)
+        tokenizers = {key: self.parts[key] for key, kind in blueprint.kinds.items() if kind == "tokenizer"}
+        self.accountant = Accountant(blueprint, tokenizers)
 
-    def _module(
-        self,
-        family: type[Family],
-        key: str,
-        config: Mapping[str, Any],
-        folders: Mapping[str, Path] | None,
-        options: Mapping[str, Any],
-    ) -> nn.Module:
-        device, dtype = self.plan.device, self.plan.dtypes[key]
-        try:
-            with torch.device("meta"):
-                module = family.build(key, config, self.attention[key], options)
-        except ConfigError as e:
-            raise ConfigError(f"{key}: {e}") from e
-        if folders is None:
-            fill_dummy(module, device, dtype)
-        else:
-            load_weights(module, weight_files(folders[key]), device, dtype)
-        return module.eval().requires_grad_(False)
+    def _home(self, key: str) -> torch.device:
+        """Where a component's weights are loaded to."""
+        return self.plan.device if self.plan.offload[key] == "resident" else CPU
 
-    def _encoder(self, key: str, config: Mapping[str, Any], folders: Mapping[str, Path] | None) -> Any:
-        device, dtype, requested = self.plan.device, self.plan.dtypes[key], self.plan.attention[key]
+    def _fill(self, key: str, *, must_pin: bool) -> Sequence[Source]:
+        """Loads a module's weights, or finds them in their files where host memory has no room for a copy."""
+        module, home, dtype = self.parts[key], self._home(key), self.plan.dtypes[key]
+        if self.folders is None:
+            fill_dummy(module, home, dtype, drawn_on=self.plan.device)
+            return ()
+        files = weight_files(self.folders[key])
+        if self.plan.offload[key] == "resident" or fits_host_memory(module, dtype):
+            load_weights(module, files, home, dtype)
+            return ()
+        if must_pin:
+            raise UserError(f"pin_cpu_memory=true: host memory has no room for {key}; left out, it stays in its files")
+        found = find_weights(module, files)
+        module.to(dtype).to_empty(device=CPU)  # takes no memory before it is written to
+        return found
+
+    def _encoder(self, key: str) -> Any:
+        home, dtype, requested = self._home(key), self.plan.dtypes[key], self.plan.attention[key]
+        config = self.blueprint.configs[key]
         encoder: Any
-        if folders is None:
-            encoder = dummy_encoder(key, config, device, dtype, requested)
-            fill_dummy(encoder, device, dtype)
+        if self.folders is None:
+            encoder = dummy_encoder(key, config, home, dtype, requested)
+            fill_dummy(encoder, home, dtype, drawn_on=self.plan.device)
         else:
-            encoder = load_encoder(key, config, folders[key], device, dtype, requested)
+            encoder = load_encoder(key, config, self.folders[key], home, dtype, requested)
         self.encoder_attention[key] = str(encoder.config._attn_implementation)
         return encoder.eval().requires_grad_(False)
 
-    @staticmethod
-    def _tokenizer(key: str, configs: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path] | None) -> Any:
-        if folders is not None:
-            return load_tokenizer(folders[key])
-        return HashTokenizer.for_encoder(configs[key.replace("tokenizer", "text_encoder")])
+    def _tokenizer(self, key: str) -> Any:
+        if self.folders is not None:
+            return load_tokenizer(self.folders[key])
+        return HashTokenizer.for_encoder(self.blueprint.configs[key.replace("tokenizer", "text_encoder")])
 
     def _compile(self) -> dict[str, int]:
         """Regional compilation: every block of a denoiser's block lists. Component -> number of blocks."""
@@ -137,78 +178,111 @@ class NativePipeline:
         Raises:
             UserError: anything this family or checkpoint cannot honour.
         """
-        for name in ("num_frames", "fps", "image_path"):
-            if name in request.given:
-                raise UserError(f"{name}={request.given[name]}: this model draws pictures from text alone")
-        if request.diffusers_kwargs:
-            raise UserError(f"diffusers_kwargs={dict(request.diffusers_kwargs)}: needs --backend diffusers")
-        chosen = replace(self.defaults, **{k: v for k, v in request.given.items() if hasattr(self.defaults, k)})
-        true_cfg = request.given.get("true_cfg_scale", 1.0)
-        if true_cfg > 1 and request.negative_prompt is None:
-            raise UserError(f"true_cfg_scale={true_cfg}: needs a negative_prompt (it may be empty)")
-        if true_cfg <= 1 and request.negative_prompt is not None:
-            raise UserError("negative_prompt: has no effect without true_cfg_scale above 1")
-        size = Size(chosen.height, chosen.width)
-        guidance = Guidance(chosen.guidance_scale, true_cfg)
-        try:
-            self.family.check(size, guidance, chosen.max_sequence_length)
-            self.scheduler.sigmas(chosen.num_inference_steps, self.family.image_tokens(size))
-        except ValueError as e:
-            raise UserError(str(e)) from e
-        return size, guidance, chosen.num_inference_steps, chosen.max_sequence_length
+        return settle(request, self.defaults, self.family, self.scheduler)
 
     @torch.inference_mode()
-    def run(self, request: Request, watch: Stopwatch, record: Record = ignore) -> Generator[Event, None, list[Pixels]]:
-        """Yields progress and returns the pictures of the request in order."""
+    def run(
+        self,
+        request: Request,
+        watch: Stopwatch,
+        record: Record = ignore,
+        *,
+        gauge: Gauge | None = None,
+        latents: Latents | None = None,
+    ) -> Generator[Event, None, list[Pixels]]:
+        """Yields progress and returns the pictures of the request in order.
+
+        Args:
+            latents: of an earlier run of the request, which are decoded.
+        Raises:
+            UserError: the request cannot be honoured, or not in the memory there is.
+            DecodeFailure: the latents are finished, but not the pictures.
+        """
+        gauge = gauge or Gauge(self.plan.device)
+        work = Workload.of(request, *self.prepare(request), decode_only=latents is not None)
+        tiling = self.memory.tiling(work)
+        self.last_run = work, tiling
+        if latents is None:
+            self.memory.reserve_decode(work, tiling)
+            x = yield from self._draw(request, watch, gauge, record)
+        else:
+            x = latents.of_shape(self.family.noise(work.size, [torch.Generator()] * request.count).shape)
+            x = x.to(self.plan.device)
+
+        yield StageStarted("decoding")
+        with watch.span("decoding"), gauge.stage("decoding"), self.offload.on_device("vae"):
+            try:
+                decode = Decode(self.family, self.parts["vae"], work.size, tiling, self.plan.vae_slicing)
+                (pictures,) = self.graphs["decoding"](decode, x)
+                pixels = to_pixels(pictures)
+            except (torch.OutOfMemoryError, RunFailure) as e:
+                raise DecodeFailure(x) from e
+        record("pixels", pictures)
+        yield StageFinished("decoding")
+        return pixels
+
+    def _draw(self, request: Request, watch: Stopwatch, gauge: Gauge, record: Record) -> Generator[Event, None, Tensor]:
+        """Yields progress and returns the finished latents; all that led to them is free when the decode begins."""
         size, guidance, steps, text_length = self.prepare(request)
         family, n = self.family, request.outputs_per_prompt
 
         yield StageStarted("text_encoding")
-        with watch.span("text_encoding"):
+        with watch.span("text_encoding"), gauge.stage("text_encoding"), self.offload.on_device("text_encoder"):
             try:
-                condition = family.encode(request.prompts, text_length).repeat(n)
+                encode, length = self.graphs["text_encoding"], text_length
+                condition = family.encode(request.prompts, length, encode).repeat(n)
                 negative = None
                 if request.negative_prompt is not None:
-                    negative = family.encode([request.negative_prompt] * len(request.prompts), text_length).repeat(n)
+                    unwanted = [request.negative_prompt] * len(request.prompts)
+                    negative = family.encode(unwanted, length, encode).repeat(n)
             except PromptTooLong as e:
                 raise UserError(str(e)) from e
         for name, tensor in condition.tensors.items():
             record(name, tensor)
         yield StageFinished("text_encoding")
 
-        yield StageStarted("latent_preparation")
-        with watch.span("latent_preparation"):
-            x = family.noise(size, [torch.Generator().manual_seed(s) for s in request.seeds()])
-            sigmas = self.scheduler.sigmas(steps, family.image_tokens(size))
-            positive = family.predictor(condition, size, guidance, sigmas)
-            against = None if negative is None else family.predictor(negative, size, guidance, sigmas)
-        record("initial_latents", x)
-        record("timesteps", torch.tensor(sigmas[:-1]) * 1000)
-        yield StageFinished("latent_preparation")
+        with ExitStack() as at_work:
+            yield StageStarted("latent_preparation")
+            with watch.span("latent_preparation"), gauge.stage("latent_preparation"):
+                at_work.enter_context(self.offload.on_device("denoiser"))  # to the end of the loop
+                x = family.noise(size, [torch.Generator().manual_seed(s) for s in request.seeds()])
+                sigmas = self.scheduler.sigmas(steps, family.image_tokens(size))
+                positive = family.predictor(condition, size, guidance, sigmas)
+                against = None if negative is None else family.predictor(negative, size, guidance, sigmas)
+            record("initial_latents", x)
+            record("timesteps", torch.tensor(sigmas[:-1]) * 1000)
+            yield StageFinished("latent_preparation")
 
-        yield StageStarted("denoising")
-        with watch.span("denoising"):
-            loop = denoise.euler(x, sigmas, positive, against, guidance.true_cfg, self.graphs)
-            for i in range(steps):
-                with watch.span("denoise_step"):
-                    step = next(loop)
-                record(f"prediction_{i}", step.velocity)
-                yield StepDone(i + 1, steps)
-            x = step.x
-        record("final_latents", x)
-        yield StageFinished("denoising")
+            yield StageStarted("denoising")
+            with watch.span("denoising"):
+                loop = denoise.euler(x, sigmas, positive, against, guidance.true_cfg, self.graphs["denoising"])
+                for i in range(steps):
+                    with watch.span("denoise_step"), gauge.stage("denoising"):
+                        step = next(loop)
+                    record(f"prediction_{i}", step.velocity)
+                    yield StepDone(i + 1, steps)
+                x = step.x
+            record("final_latents", x)
+            yield StageFinished("denoising")
+        return x
 
-        yield StageStarted("decoding")
-        with watch.span("decoding"):
-            self.parts["vae"].tiling, self.parts["vae"].slicing = (
-                self.plan.tiles(size),
-                self.plan.vae_slicing,
-            )
-            pictures = family.decode(x, size)
-            pixels = to_pixels(pictures)
-        record("pixels", pictures)
-        yield StageFinished("decoding")
-        return pixels
+    @contextmanager
+    def warming_up(self, shapes: int) -> Iterator[None]:
+        """Compiles kernels for all sizes. Inside the `with`, shapes are captured, and after it no others."""
+        if self.plan.device.type == "cuda":
+            compile_kernels(self.blueprint)
+        with capturing(self.graphs, shapes):
+            yield
+
+    def account(self, request: Request, stages: Sequence[StageTime], total_ms: float) -> Accounting:
+        """The times of a request's stages beside what this device could do. Raises as `Accountant.account`."""
+        return self.accountant.account(self.accountant.work(request, *self.prepare(request)), stages, total_ms)
+
+    def memory_report(self, measured: Mapping[str, int]) -> MemoryReport | None:
+        """Of the last run, if it was measured or had to fit."""
+        if self.last_run is None or (not measured and self.memory.available() is None):
+            return None
+        return self.memory.report(*self.last_run, measured)
 
     def effective(self, request: Request) -> dict[str, Any]:
         """What took effect, for the report."""
@@ -217,15 +291,16 @@ class NativePipeline:
         return {
             "attention": {**used, **self.encoder_attention},
             "precision": {key: dtype_name(d) for key, d in self.plan.dtypes.items()},
-            "vae": {"tiling": self.plan.tiles(size), "slicing": self.plan.vae_slicing},
+            "vae": {"tiling": self.last_run is not None and self.last_run[1], "slicing": self.plan.vae_slicing},
             "compile": self.compiled,
-            "cuda_graph": self.graphs.report(),
+            "offload": self.offload.report(steps),
+            "cuda_graph": {stage: graphs.report() for stage, graphs in self.graphs.items()},
             "guidance": {"embedded": guidance.embedded, "true_cfg": guidance.true_cfg},
             "scheduler": type(self.scheduler).__name__,
             "size": [size.height, size.width],
             "num_inference_steps": steps,
             "max_sequence_length": text_length,
-            "dummy_weights": self.dummy,
+            "dummy_weights": self.folders is None,
         }
 
 

@@ -14,7 +14,7 @@ import uuid
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -52,6 +52,99 @@ class Failure(BaseModel):
     message: str
 
 
+class DeviceLimits(BaseModel):
+    """Measured on the device of the run."""
+
+    copy_gb_per_s: float
+    matmul_tflop_per_s: dict[str, float]  # by dtype
+
+
+class ClassWork(BaseModel):
+    """What the operations of a class compute and move."""
+
+    flops: int
+    bytes: int
+
+
+class StageAccount(BaseModel):
+    """A stage's work, and its time beside the shortest this device could take: all arithmetic, or all traffic."""
+
+    name: str
+    classes: dict[str, ClassWork]
+    bound_ms: Milliseconds
+    bound_by: Literal["compute", "memory"]
+    measured_ms: Milliseconds
+
+    @property
+    def share(self) -> float:
+        """Of the bound: 1 is as fast as can be."""
+        return self.bound_ms / self.measured_ms if self.measured_ms else 0.0
+
+
+class Loss(BaseModel):
+    """Time beyond the bound."""
+
+    where: str
+    ms: Milliseconds
+
+
+class Accounting(BaseModel):
+    """What the work of a run bounds its time to, and where the largest losses are."""
+
+    limits: DeviceLimits
+    stages: list[StageAccount]
+    largest_losses: list[Loss]
+
+
+class ComponentMemory(BaseModel):
+    """Weights of a component: all of them, and what of them is on the device while it works."""
+
+    dtype: str
+    residency: str
+    weights_mb: float
+    device_mb: float
+
+
+class StageMemory(BaseModel):
+    """The most device memory that a stage needs.
+
+    `measured_mb` is the allocator's peak on a GPU; on a CPU the weights and the tensors counted, without the scratch
+    that libraries take inside of an operation; None where nothing was measured.
+    """
+
+    name: str
+    weights_mb: float
+    activations_mb: float
+    predicted_mb: float
+    measured_mb: float | None = None
+
+
+class MemoryReport(BaseModel):
+    """Memory as predicted from configs, beside what was measured. MiB.
+
+    `graphs_mb` is what captured steps keep for themselves; it is beside the peak, which the allocator counts.
+    """
+
+    components: dict[str, ComponentMemory]
+    stages: list[StageMemory]
+    workspace_mb: float
+    graphs_mb: float
+    peak_mb: float
+    measured_peak_mb: float | None
+    pinned_host_mb: float
+    pageable_host_mb: float
+    available_mb: float | None
+    decode: Literal["whole", "tiles"]
+
+
+class Range(BaseModel):
+    """Of the samples taken during a run."""
+
+    min: float
+    median: float
+    max: float
+
+
 class Report(BaseModel):
     """A run. Durations in milliseconds; stages in order; `effective["ignored"]` is empty or the run is at fault."""
 
@@ -70,6 +163,9 @@ class Report(BaseModel):
     versions: dict[str, str | None]
     outputs: list[str]
     error: Failure | None
+    accounting: Accounting | None = None  # of native runs whose report is written to a file
+    telemetry: dict[str, Range] | None = None  # clocks, power, memory of the GPU, for the same runs
+    memory: MemoryReport | None = None  # of native runs: on a GPU all, on a CPU those with a limit or a count
 
     @property
     def median_step_ms(self) -> float | None:
@@ -115,6 +211,10 @@ class Report(BaseModel):
         for name in ("attention", "precision"):
             if name in e:
                 lines.append(f"{name} " + ", ".join(f"{k}={v}" for k, v in e[name].items()))
+        if self.memory is not None:
+            measured = self.memory.measured_peak_mb
+            told = "" if measured is None else f", measured {measured:,.1f} MiB"
+            lines.append(f"memory predicted {self.memory.peak_mb:,.1f} MiB{told}")
         if e.get("ignored"):
             lines.append("ignored " + ", ".join(map(str, e["ignored"])))
         if self.error is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from sgl_diffusion.models.family import Defaults, Family, Guidance, Size
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.schedulers import FlowMatchEuler
 
 DEFAULT_SEED = 42
 
@@ -64,6 +66,8 @@ def resolve_request(params: SamplingParams, checkpoint_defaults: Mapping[str, An
         for field in ("output_file_name", "output_quality"):
             if (value := getattr(params, field)) is not None:
                 raise UserError(f"{field}={value}: has no effect with save_output=false")
+        if params.profile:
+            raise UserError("profile=true: the trace is written beside the results; not with save_output=false")
     return Request(
         prompts=prompts,
         negative_prompt=params.negative_prompt,
@@ -73,6 +77,35 @@ def resolve_request(params: SamplingParams, checkpoint_defaults: Mapping[str, An
         diffusers_kwargs=params.diffusers_kwargs,
         model=server.model_dump(exclude_defaults=True, exclude={"log_level"}) | {"model_path": server.model_path},
     )
+
+
+def settle(
+    request: Request, defaults: Defaults, family: Family, scheduler: FlowMatchEuler
+) -> tuple[Size, Guidance, int, int]:
+    """Size, guidance, steps and text length of a request to a native family; its weights are not touched.
+
+    Raises:
+        UserError: anything this family or checkpoint cannot honour.
+    """
+    for name in ("num_frames", "fps", "image_path"):
+        if name in request.given:
+            raise UserError(f"{name}={request.given[name]}: this model draws pictures from text alone")
+    if request.diffusers_kwargs:
+        raise UserError(f"diffusers_kwargs={dict(request.diffusers_kwargs)}: needs --backend diffusers")
+    chosen = replace(defaults, **{k: v for k, v in request.given.items() if hasattr(defaults, k)})
+    true_cfg = request.given.get("true_cfg_scale", 1.0)
+    if true_cfg > 1 and request.negative_prompt is None:
+        raise UserError(f"true_cfg_scale={true_cfg}: needs a negative_prompt (it may be empty)")
+    if true_cfg <= 1 and request.negative_prompt is not None:
+        raise UserError("negative_prompt: has no effect without true_cfg_scale above 1")
+    size = Size(chosen.height, chosen.width)
+    guidance = Guidance(chosen.guidance_scale, true_cfg)
+    try:
+        family.check(size, guidance, chosen.max_sequence_length)
+        scheduler.sigmas(chosen.num_inference_steps, family.image_tokens(size))
+    except ValueError as e:
+        raise UserError(str(e)) from e
+    return size, guidance, chosen.num_inference_steps, chosen.max_sequence_length
 
 
 def _prompts(params: SamplingParams) -> tuple[str, ...]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -24,10 +25,14 @@ Mark = torch.cuda.Event | int
 
 
 class Stopwatch:
-    """CUDA events on a GPU, because the host runs ahead of it; the host's clock on a CPU."""
+    """CUDA events on a GPU, because the host runs ahead of it; the host's clock on a CPU.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    Args:
+        annotate: name the spans in PyTorch's traces too, and on a GPU as NVTX ranges, which Nsight shows.
+    """
+
+    def __init__(self, device: torch.device, *, annotate: bool = False) -> None:
+        self.device, self.annotate = device, annotate
         self._depth = 0
         self._marks: list[tuple[str, int, Mark, Mark | None]] = []
         self._zero = self._now()
@@ -40,7 +45,8 @@ class Stopwatch:
         self._marks.append((name, depth, start, None))
         self._depth += 1
         try:
-            yield
+            with self._named(name):
+                yield
         finally:
             self._depth -= 1
             self._marks[index] = (name, depth, start, self._now())
@@ -54,6 +60,14 @@ class Stopwatch:
             for name, depth, start, stop in self._marks
             if stop is not None
         ]
+
+    def _named(self, name: str) -> AbstractContextManager[Any]:
+        names = ExitStack()
+        if self.annotate:
+            names.enter_context(torch.profiler.record_function(name))
+            if self.device.type == "cuda":
+                names.enter_context(torch.cuda.nvtx.range(name))
+        return names
 
     def _now(self) -> Mark:
         if self.device.type != "cuda":
@@ -69,3 +83,12 @@ class Stopwatch:
             return (stop - start) / 1e6
         assert isinstance(start, torch.cuda.Event) and isinstance(stop, torch.cuda.Event)
         return float(start.elapsed_time(stop))
+
+
+def profiler(device: torch.device) -> torch.profiler.profile:
+    """Records every operation, on all threads: diffusers' pipelines work in one of their own."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    threads = torch._C._profiler._ExperimentalConfig(profile_all_threads=True)
+    return torch.profiler.profile(activities=activities, record_shapes=True, experimental_config=threads)

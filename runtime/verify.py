@@ -72,7 +72,7 @@ def verify(args: ServerArgs, params: SamplingParams, tolerance: float | None = N
     judge = Engine.load(args.model_copy(update={"backend": "diffusers"}))
     if not isinstance(native.backend, NativePipeline) or not isinstance(judge.backend, DiffusersPipeline):
         raise UserError(f"model_path={args.model_path}: load_format={args.load_format} leaves nothing to compare")
-    request = resolve_request(params, native.checkpoint_defaults, args)
+    request = resolve_request(params, native.model.sampling_defaults, args)
     # diffusers has defaults of its own: both sides get the native ones, spelled out
     size, guidance, steps, length = native.backend.prepare(request)
     given: dict[str, Any] = {

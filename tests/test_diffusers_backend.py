@@ -43,7 +43,7 @@ def pictures(engine: Engine, **sampling: Any) -> list[np.ndarray]:
 )
 def test_pictures_are_those_of_the_pipeline_itself(tiny: Tiny, name: str, cls: Any, sampling: dict[str, Any]) -> None:
     engine = load(tiny(name))
-    assert engine.backend.name == "diffusers" and "has no native implementation" in engine.why
+    assert engine.backend.name == "diffusers" and "has no native implementation" in engine.model.why
     ours = pictures(engine, seed=5, num_outputs_per_prompt=2, **sampling)
     judge = cls.from_pretrained(tiny(name))
     theirs = judge(

@@ -45,6 +45,23 @@ def test_bf16_on_the_gpu_meets_the_score() -> None:
     assert score["scene"] >= 0.90 and score["shapes"] >= 0.80, score
 
 
+@pytest.mark.parametrize("pin", [True, False], ids=["pinned", "pageable"])
+@pytest.mark.parametrize(
+    "offload",
+    [{"performance_mode": "memory", "vae_tiling": False}]
+    + [{"layerwise_offload_components": "all", "dit_offload_prefetch_size": n} for n in (0, 0.5, 3)],
+    ids=["component", "one ahead", "half ahead", "three ahead"],
+)
+def test_offloaded_weights_draw_the_same_bytes(offload: dict[str, object], pin: bool) -> None:
+    resident = picture(device="cuda", enable_cuda_graph="false")
+    engine = Engine.load(ServerArgs.model_validate({"device": "cuda", "pin_cpu_memory": pin, **offload}))
+    for _ in range(2):
+        result = engine.run(PARAMS)
+        assert np.array_equal(np.asarray(result.outputs[0].image, dtype=np.float64), resident)
+    told = result.report.effective["offload"]
+    assert all(t["host"] == ("pinned memory" if pin else "pageable memory") for t in told.values())
+
+
 def test_times_and_memory_come_from_the_device() -> None:
     report = Engine.load(ServerArgs(device="cuda")).run(PARAMS).report
     assert report.effective["precision"]["transformer"] == "bf16"

@@ -16,9 +16,10 @@ import torch
 from tiny_checkpoints import build_flux, copy, edit_weights, link_into_hub_cache, reshard
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
-from sgl_diffusion.runtime.engine import Engine, presets
+from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.pipeline import NativePipeline
+from sgl_diffusion.runtime.resolve import presets
 
 Tiny = Callable[[str], Path]
 PARAMS = SamplingParams(
@@ -148,7 +149,7 @@ def test_unknown_config_keys_fall_back_with_a_reason_or_fail(tiny: Tiny, tmp_pat
     with pytest.raises(UserError, match="backend=sglang: transformer: config key invented=1 is not understood"):
         load(changed, backend="sglang")
     engine = load(changed)  # auto: diffusers ignores the key, and the report tells why it was asked
-    assert engine.backend.name == "diffusers" and "invented" in engine.why
+    assert engine.backend.name == "diffusers" and "invented" in engine.model.why
 
 
 def test_precisions_reach_the_weights(tiny: Tiny) -> None:

@@ -218,7 +218,7 @@ def test_timelines_show_every_stage(reports: tuple[Path, Path], tmp_path: Path) 
     assert main(["perf", "compare", fast, slow, "--plot", str(tmp_path / "t.html")]) == 0
     page = (tmp_path / "t.html").read_text()
     assert (
-        page.count("<rect") == 2 * (4 + 3)
+        page.count("<rect") == 2 * (4 + 3 + 4)
         and "step 2: " in page
         and "http" not in page.replace("http://www.w3.org", "")
     )
