@@ -41,6 +41,22 @@ class Checkpoint:
         name = self.index["_class_name"]
         return str(name[-1] if isinstance(name, list) else name)
 
+    def kinds(self) -> dict[str, str]:
+        """Component key -> kind, by the naming habit of diffusers' pipelines."""
+        kinds = {}
+        for key, folder in self.folders.items():
+            if key.startswith(("transformer", "unet", "prior")):
+                kinds[key] = "denoiser"
+            elif key.startswith(("vae", "vqgan", "movq")):
+                kinds[key] = "vae"
+            elif key.startswith("text_encoder"):
+                kinds[key] = "text_encoder"
+            elif (folder / "config.json").is_file():
+                kinds[key] = "model"
+            else:
+                kinds[key] = "other"
+        return kinds
+
     def config(self, component: str) -> dict[str, Any]:
         """The component's config file, `{}` if it has none.
 

@@ -21,23 +21,6 @@ from sgl_diffusion.runtime.plan import Plan
 from sgl_diffusion.runtime.weights import fill_dummy
 
 
-def component_kinds(checkpoint: Checkpoint) -> dict[str, str]:
-    """Component key -> kind, by the naming habit of diffusers' pipelines."""
-    kinds = {}
-    for key in checkpoint.folders:
-        if key.startswith(("transformer", "unet", "prior")):
-            kinds[key] = "denoiser"
-        elif key.startswith(("vae", "vqgan", "movq")):
-            kinds[key] = "vae"
-        elif key.startswith("text_encoder"):
-            kinds[key] = "text_encoder"
-        elif (checkpoint.folders[key] / "config.json").is_file():
-            kinds[key] = "model"
-        else:
-            kinds[key] = "other"
-    return kinds
-
-
 def load_pipe(checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_class: str) -> Any:
     """diffusers' own pipeline object, on the plan's device.
 

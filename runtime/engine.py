@@ -17,15 +17,13 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.compilation import compilations, keep_compiled_code
-from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
-from sgl_diffusion.runtime.diffusers_loader import dummy_pipe, load_pipe
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageFinished, StageStarted
 from sgl_diffusion.runtime.latents import Latents, latents_path, resumed, save_latents
@@ -58,6 +56,9 @@ from sgl_diffusion.runtime.request import Request, resolve_request
 from sgl_diffusion.runtime.resolve import Resolved, resolve
 from sgl_diffusion.runtime.telemetry import Telemetry
 from sgl_diffusion.runtime.trace import Span, Stopwatch, profiler
+
+if TYPE_CHECKING:
+    from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
 
 log = logging.getLogger("sgl_diffusion")
 
@@ -368,6 +369,10 @@ def _build(model: Resolved, args: ServerArgs, memory: MemoryPlanner | None) -> N
     if model.native:
         assert model.blueprint is not None
         return NativePipeline(model.blueprint, model.folders, args, memory=memory)
+    # diffusers takes long to import: a native run does without
+    from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
+    from sgl_diffusion.runtime.diffusers_loader import dummy_pipe, load_pipe
+
     if model.checkpoint is not None and not model.dummy:
         pipe = load_pipe(model.checkpoint, args, model.plan, model.pipeline_class)
     else:

@@ -18,7 +18,6 @@ from sgl_diffusion.models.family import Defaults, Family
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.blueprint import Blueprint
 from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
-from sgl_diffusion.runtime.diffusers_loader import component_kinds
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.plan import Plan, make_plan
 
@@ -84,7 +83,7 @@ def _resolve_checkpoint(args: ServerArgs) -> Resolved:
         raise UserError(f"backend=sglang: {refused}; --backend diffusers can run it")
     if args.model_id is not None:
         raise UserError(f"model_id={args.model_id}: lends native defaults; has no effect here ({refused})")
-    kinds = component_kinds(checkpoint)
+    kinds = checkpoint.kinds()
     plan = make_plan(args, kinds, native=False)
     return Resolved(pipeline_class, False, refused, kinds, plan, None, checkpoint, dummy=False)
 

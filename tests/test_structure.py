@@ -166,6 +166,17 @@ def test_the_command_line_loads_without_torch(module: str) -> None:
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
 
 
+def test_a_native_run_does_without_diffusers() -> None:
+    """It takes a second to import."""
+    code = (
+        f"import sys; from {PACKAGE} import Engine, SamplingParams, ServerArgs\n"
+        "request = SamplingParams(prompt=['a red circle'], num_inference_steps=1, save_output=False)\n"
+        "Engine.load(ServerArgs(device='cpu')).run(request)\n"
+        "sys.exit('diffusers' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
+
+
 def test_the_facade_loads_names_on_demand() -> None:
     code = "import sys, sgl_diffusion; from sgl_diffusion import ServerArgs; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-P", "-c", code], check=False).returncode == 0
