@@ -25,10 +25,6 @@ ALLOCATIONS = frozenset(("empty", "new_empty", "empty_like", "empty_strided", "n
 Play = Callable[[], Any]
 
 
-class TooLarge(RuntimeError):
-    """What a call makes in between is more than a tape holds."""
-
-
 class Tapes:
     """Records calls of pure functions of tensors on the CPU."""
 
@@ -77,7 +73,7 @@ class _Recorder(TorchDispatchMode):
             self.plays.append(lambda: func(*args, **kwargs))
         elif func._schema.name.partition("::")[2] not in ALLOCATIONS and not _are_views(results, given):
             self._hold(results)
-            self.plays.append(_again(func, args, kwargs, made, results))
+            self.plays.append(_again(func, args, kwargs, results))
         return made
 
     def _note_read(self, func: OpOverload, given: list[Tensor]) -> None:
@@ -92,10 +88,10 @@ class _Recorder(TorchDispatchMode):
         self.held += sum(x.nbytes for x in results)
         if self.held > LIMIT:
             self.plays.clear()
-            raise TooLarge(f"what it makes in between is more than {LIMIT // 1024**2} MiB")
+            raise RuntimeError(f"what it makes in between is more than {LIMIT // 1024**2} MiB")
 
 
-def _again(func: OpOverload, args: Any, kwargs: Any, made: Any, results: list[Tensor]) -> Play:
+def _again(func: OpOverload, args: Any, kwargs: Any, results: list[Tensor]) -> Play:
     """Computes into the memory of the first results."""
     variant = _out_variant(func)
     if variant is not None and len(variant[1]) == len(results):

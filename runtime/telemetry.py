@@ -9,10 +9,9 @@ from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from sgl_diffusion.runtime.report import Range
+from sgl_diffusion.runtime.report import MIB, Range
 
 INTERVAL_S = 0.05
-MIB = 1024 * 1024
 
 
 def _metrics(nvml: Any) -> dict[str, Callable[[Any], float]]:
