@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sgl_diffusion.kernels.embedding import patchify, timestep_embedding, unpatchify
 from sgl_diffusion.kernels.modulation import modulation
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
+from sgl_diffusion.models.autoencoders.kl import AutoencoderKL, VaeConfig
 from sgl_diffusion.models.config import demand, read_config
 from sgl_diffusion.models.family import (
     AttentionFn,
@@ -40,7 +41,6 @@ from sgl_diffusion.models.layers import (
     rotary_table,
 )
 from sgl_diffusion.models.text import clip_pooled, t5_hidden
-from sgl_diffusion.models.vae_kl import AutoencoderKL, VaeConfig
 
 # B batch  T text tokens  I image tokens  L = T + I  R = B * L rows  H heads  K head dim  D = H * K width
 # P = K / 2 rotary pairs  S steps  N blocks  G groups of rows with one modulation

@@ -1,0 +1,1 @@
+"""The autoencoders between pictures or clips and the latents that denoisers work on."""
