@@ -11,20 +11,18 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
-from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgl_diffusion.bench.plot import Bar, bars
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.kernels.op import Case, Inputs, Op, rel_l2
+from sgl_diffusion.runtime.attention import BACKENDS
+from sgl_diffusion.runtime.attention import Case as AttentionCase
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.limits import Limits, limits, medians_us
 from sgl_diffusion.runtime.report import commit_hash
@@ -83,25 +81,9 @@ def caller(op: Op, impl: str, inputs: Inputs) -> Callable[[], Any]:
     if unusual := [name for name, value in inputs.items() if name not in plain and value not in (None, False)]:
         raise Refused(f"not timed with {', '.join(unusual)}")
     q, k, v, out = (inputs[name] for name in ("q_BLHK", "k_BLHK", "v_BLHK", "out"))
-    if impl == "cudnn":
-        return partial(_cudnn, q, k, v, out)
-    if find_spec("flash_attn") is None:
-        raise Refused("the package flash-attn is not installed")
-    return partial(_flash_attn, q, k, v, out)
-
-
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        heads_first = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-    result = heads_first.transpose(1, 2)
-    return result if out is None else out.copy_(result)
-
-
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, out: Tensor | None) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    result: Tensor = flash_attn_func(q, k, v)
-    return result if out is None else out.copy_(result)
+    if why := BACKENDS[impl].reasons(AttentionCase(q.device, q.dtype, q.shape[-1], k.shape[1])):
+        raise Refused("; ".join(why))
+    return partial(BACKENDS[impl].run, q, k, v, out=out)
 
 
 # -- measuring --------------------------------------------------------------------

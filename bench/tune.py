@@ -1,5 +1,7 @@
 """`sglang bench tune`: times tiles on this GPU, row by row of its table, and rewrites the table with the fastest.
 
+The order of attention backends is timed likewise (`attention_order.py`).
+
 From every row's tile, and from those of the op's other forms, the search walks to faster neighbours: one value doubled
 or halved, one stage more or less. A tile that answers wrongly, or does not fit the GPU, is never taken.
 """
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 import triton
 
-from sgl_diffusion.bench import tables
+from sgl_diffusion.bench import attention_order, tables
 from sgl_diffusion.bench.kernels import machine, worst
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.catalog import OPS
@@ -116,7 +118,8 @@ def total_us(cases: Sequence[Case], tile: Tile) -> float:
 
 
 def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
-    parser.add_argument("--op", action="append", choices=OPS, help="operation; may be repeated (default: all)")
+    names = [*OPS, attention_order.NAME]
+    parser.add_argument("--op", action="append", choices=names, help="may be repeated (default: all)")
     parser.add_argument("--seconds", type=float, default=20.0, help="limit for each row of a table (default: 20)")
     args = parser.parse_args(argv)
     if args.seconds <= 0:
@@ -126,8 +129,10 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     arch, facts = launch.architecture(), machine("cuda")
     facts.pop("commit")
     path: Any = None
-    for name in args.op or OPS:
-        rows = tune(OPS[name], args.seconds)
-        path = tables.put(arch, name, rows, tuned_on=facts)
-    print(f"wrote {path}; check it with: sglang bench aot --arch {arch}")
+    for name in args.op or names:
+        if name == attention_order.NAME:
+            path = attention_order.rewrite(arch, torch.device("cuda"), facts)
+        else:
+            path = tables.put(arch, name, tune(OPS[name], args.seconds), tuned_on=facts)
+    print(f"wrote {path}; check tiles with: sglang bench aot --arch {arch}")
     return 0

@@ -201,7 +201,7 @@ class Accountant:
     @cached_property
     def parts(self) -> dict[str, Any]:
         """Components of the true shapes and dtypes, without memory."""
-        return {**self.tokenizers, **self.blueprint.shape_only_parts(attend)}
+        return {**self.tokenizers, **self.blueprint.shape_only_parts(lambda key: attend)}
 
     def dtypes(self, stage: str) -> set[torch.dtype]:
         """Of the components at work in a stage."""

@@ -1,11 +1,18 @@
-"""Attention backends. Each gives its reasons for refusing a case; a dispatcher picks one and remembers which."""
+"""Attention backends. Each gives its reasons for refusing a case; a dispatcher picks one and remembers which.
+
+Where the user says nothing, `attention_order.json` does: for every architecture the exact backends, fastest first, by
+head dim, bytes of an element and number of keys. `sglang bench tune --op attention_order` times them and rewrites it.
+"""
 
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from typing import Any, Protocol
 
 import torch
@@ -14,6 +21,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgl_diffusion.kernels.attention import MAX_HEAD_DIM, MIN_HEAD_DIM, attention
+from sgl_diffusion.kernels.launch import architecture
+from sgl_diffusion.models.family import AttentionFn
 from sgl_diffusion.runtime.errors import UserError
 
 HALF = (torch.bfloat16, torch.float16)
@@ -21,11 +30,12 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Case:
-    """What a backend has to be able to run. `head_dim` is None while it is not known yet."""
+    """What a backend has to be able to run. `head_dim` and `keys` are None while they are not known yet."""
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int | None = None
+    keys: int | None = None  # that every query attends to
 
     def not_on_a_gpu(self) -> list[str]:
         return [] if self.device.type == "cuda" else [f"needs an NVIDIA GPU, the device is {self.device}"]
@@ -141,16 +151,33 @@ class SageAttention:
 BACKENDS: Mapping[str, Backend] = {
     b.name: b for b in (TorchSdpa(), Triton(), Cudnn(), FlashAttention(), SageAttention())
 }
-# of those that are exact, tried in this order where the user says nothing; torch first until ours is measured on a GPU
-PREFERENCE = ("torch_sdpa", "triton", "cudnn", "fa")
+EXACT = ("torch_sdpa", "triton", "cudnn", "fa")  # what `auto` may choose from
+
+
+def order_of(case: Case) -> Sequence[str]:
+    """Names of exact backends, fastest first, for a case that is known whole."""
+    arch = architecture() if case.device.type == "cuda" else "cpu"
+    size = {"head_dim": case.head_dim or 0, "keys": case.keys or 0, "itemsize": case.dtype.itemsize}
+    for row in order_table()[arch]["rows"]:
+        if all(size[name] <= limit for name, limit in row.get("at_most", {}).items()):
+            order: Sequence[str] = row["order"]
+            return order
+    raise ValueError(f"attention_order.json has no row for {size} on {arch}")
+
+
+@functools.cache
+def order_table() -> dict[str, Any]:
+    """`attention_order.json`: architecture -> rows, of which the first that holds a size counts."""
+    table: dict[str, Any] = json.loads(resources.files(__package__).joinpath("attention_order.json").read_text())
+    return table
 
 
 class Attention:
-    """The attention callable of one component. `used` tells what ran, for the report.
+    """The attention callable of one component.
 
     Args:
         component: key in `model_index.json`, for messages.
-        requested: a backend's name, or None for the first of `PREFERENCE` that does not refuse.
+        requested: a backend's name, or None for the fastest that does not refuse, by each call's shape.
         config: settings of the requested backend.
     Raises:
         UserError: the requested backend does not exist, refuses the case, with its reasons, or has no such setting.
@@ -166,19 +193,38 @@ class Attention:
     ) -> None:
         self.component, self.requested = component, requested
         self.device, self.dtype = device, dtype
-        self.used: str | None = None
-        self._by_head_dim: dict[int, Backend] = {}
-        backend = _pick(component, requested, Case(device, dtype))
-        self._settings = read_settings(backend if requested else None, config or {})
+        self._chosen: dict[tuple[int, int], Backend] = {}  # by head dim and keys
+        backend = None if requested is None else pick(component, requested, Case(device, dtype))
+        self._settings = read_settings(backend, config or {})
 
     def __call__(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
-        head_dim = q_BLHK.shape[-1]
-        backend = self._by_head_dim.get(head_dim)
+        shape = head_dim, keys = q_BLHK.shape[-1], k_BLHK.shape[1]
+        backend = self._chosen.get(shape)
         if backend is None:
-            backend = _pick(self.component, self.requested, Case(self.device, self.dtype, head_dim))
-            self._by_head_dim[head_dim] = backend
-            self.used = backend.name
+            backend = pick(self.component, self.requested, Case(self.device, self.dtype, head_dim, keys))
+            self._chosen[shape] = backend
         return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, **self._settings)
+
+    @property
+    def used(self) -> str | None:
+        """What has run, for the report: a backend's name, or each with the numbers of keys it was taken for."""
+        names = list(dict.fromkeys(backend.name for backend in self._chosen.values()))
+        if len(names) < 2:
+            return names[0] if names else None
+        keys = {name: sorted({k for (_, k), b in self._chosen.items() if b.name == name}) for name in names}
+        return "; ".join(f"{name} for {', '.join(map(str, keys[name]))} keys" for name in names)
+
+
+def shape_only_attention(component: str, requested: str | None, device: torch.device) -> AttentionFn:
+    """Attention of tensors that are shapes alone and stand for this device's: our kernel where `Attention` would take
+    it, else PyTorch's. Calls raise as `Attention` does.
+    """
+
+    def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
+        chosen = pick(component, requested, Case(device, q_BLHK.dtype, q_BLHK.shape[-1], k_BLHK.shape[1]))
+        return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl="triton" if chosen.name == Triton.name else "torch")
+
+    return attend
 
 
 def read_settings(backend: Backend | None, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,11 +251,16 @@ def read_settings(backend: Backend | None, config: Mapping[str, Any]) -> dict[st
     return settings
 
 
-def _pick(component: str, requested: str | None, case: Case) -> Backend:
+def pick(component: str, requested: str | None, case: Case) -> Backend:
+    """The requested backend, or the fastest that does not refuse the case.
+
+    Raises:
+        UserError: an unknown backend, or one that refuses, with its reasons.
+    """
     if requested is not None and requested not in BACKENDS:
         raise UserError(f"attention backend {requested!r} of {component}: expected one of {', '.join(BACKENDS)}")
     refused = {}
-    for name in PREFERENCE if requested is None else (requested,):
+    for name in order_of(case) if requested is None else (requested,):
         if not (why := BACKENDS[name].reasons(case)):
             return BACKENDS[name]
         refused[name] = "; ".join(why)

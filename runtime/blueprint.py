@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import nn
 from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.models.config import ConfigError
 from sgl_diffusion.models.family import AttentionFn, Defaults, Family
+from sgl_diffusion.runtime.attention import shape_only_attention
 from sgl_diffusion.runtime.encoders import dummy_encoder
 from sgl_diffusion.runtime.plan import Plan
 from sgl_diffusion.runtime.schedulers import FlowMatchEuler
@@ -56,12 +57,16 @@ class Blueprint:
         """Raises ConfigError for one that is not implemented."""
         return FlowMatchEuler.read(self.configs["scheduler"])
 
-    def shape_only_parts(self, attention: AttentionFn) -> dict[str, Any]:
+    def attention_on(self, device: torch.device) -> Callable[[str], AttentionFn]:
+        """By component, the attention of shapes that stand for tensors on this device."""
+        return lambda key: shape_only_attention(key, self.plan.attention[key], device)
+
+    def shape_only_parts(self, attention_of: Callable[[str], AttentionFn]) -> dict[str, Any]:
         """Denoisers, VAEs and text encoders by component, of true size and dtype and without memory ("meta")."""
         parts: dict[str, Any] = {}
         for key, kind in self.kinds.items():
             if kind in ("denoiser", "vae"):
-                parts[key] = self.module(key, attention).to(self.plan.dtypes[key])
+                parts[key] = self.module(key, attention_of(key)).to(self.plan.dtypes[key])
             elif kind == "text_encoder":
                 encoder = dummy_encoder(key, self.configs[key], torch.device("meta"), self.plan.dtypes[key], None)
                 parts[key] = encoder.eval()
@@ -69,5 +74,5 @@ class Blueprint:
 
     def weight_bytes(self) -> dict[str, int]:
         """Size of every component that has weights."""
-        parts = self.shape_only_parts(attention)
+        parts = self.shape_only_parts(self.attention_on(self.plan.device))
         return {key: sum(p.nbytes for p in part.parameters()) for key, part in parts.items()}

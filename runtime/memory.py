@@ -25,8 +25,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
-from sgl_diffusion.kernels.attention import MAX_HEAD_DIM, attention
-from sgl_diffusion.kernels.launch import Impl, rehearsing
+from sgl_diffusion.kernels.launch import rehearsing
 from sgl_diffusion.models.family import Execute, Family, Guidance, Size, eager
 from sgl_diffusion.models.text import HashTokenizer
 from sgl_diffusion.runtime.args import ServerArgs
@@ -224,19 +223,13 @@ class MemoryPlanner:
     @cached_property
     def parts(self) -> dict[str, Any]:
         """Components as shapes alone; tokenizers that need no file."""
-        ours = "triton" in self.plan.attention.values()
-
-        def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
-            impl: Impl = "triton" if ours and q_BLHK.shape[-1] <= MAX_HEAD_DIM else "torch"
-            return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl=impl)
-
         configs, kinds = self.blueprint.configs, self.blueprint.kinds
         tokenizers = {
             key: HashTokenizer.for_encoder(configs[key.replace("tokenizer", "text_encoder")])
             for key, kind in kinds.items()
             if kind == "tokenizer"
         }
-        parts = self.blueprint.shape_only_parts(attend)
+        parts = self.blueprint.shape_only_parts(self.blueprint.attention_on(self.plan.device))
         for key, part in parts.items():
             if kinds[key] == "text_encoder" and self.plan.dtypes[key] == torch.float16 and not self.dummy:
                 _keep_in_fp32(part)

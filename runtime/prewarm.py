@@ -13,10 +13,8 @@ from itertools import product
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from sgl_diffusion.kernels.attention import MAX_HEAD_DIM, attention
-from sgl_diffusion.kernels.launch import Impl, compiling_only
+from sgl_diffusion.kernels.launch import compiling_only
 from sgl_diffusion.models.family import Defaults, Family, Guidance, Size
 from sgl_diffusion.runtime.args import OutputOptions, SamplingParams, ServerArgs
 from sgl_diffusion.runtime.blueprint import Blueprint
@@ -47,14 +45,7 @@ def throw_away_requests(args: ServerArgs, like: SamplingParams) -> list[Sampling
 
 def compile_kernels(blueprint: Blueprint) -> None:
     """Compiles what requests of any size launch, for Triton's current target."""
-    ours = "triton" in blueprint.plan.attention.values()
-
-    def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
-        # heads of a VAE are too wide for our kernel
-        impl: Impl = "triton" if ours and q_BLHK.shape[-1] <= MAX_HEAD_DIM else "torch"
-        return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl=impl)
-
-    parts = blueprint.shape_only_parts(attend)
+    parts = blueprint.shape_only_parts(blueprint.attention_on(torch.device("cuda")))
     with compiling_only():
         for size, (batch, guided) in product(generic_sizes(blueprint, parts), BATCHES):
             launch_all(blueprint, parts, size, batch, guided=guided)

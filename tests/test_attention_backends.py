@@ -12,8 +12,11 @@ import pytest
 import torch
 from test_args import parse
 
+import sgl_diffusion.kernels
+from sgl_diffusion.bench import attention_order
+from sgl_diffusion.runtime import attention as attention_module
 from sgl_diffusion.runtime.args import ServerArgs
-from sgl_diffusion.runtime.attention import BACKENDS, PREFERENCE, Attention, Case, read_settings
+from sgl_diffusion.runtime.attention import BACKENDS, EXACT, Attention, Case, order_table, pick, read_settings
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
 
@@ -39,8 +42,73 @@ def test_a_backend_gives_its_reasons(name: str, case: Case, reasons: list[str]) 
     assert all(any(reason in why for why in told) for reason in reasons)
 
 
-def test_auto_never_takes_what_is_not_exact() -> None:
-    assert "sage_attn" not in PREFERENCE and set(PREFERENCE) < set(BACKENDS)
+def test_the_table_has_an_order_of_exact_backends_for_every_architecture() -> None:
+    table = order_table()
+    tuned = Path(sgl_diffusion.kernels.__path__[0]) / "tuned"
+    assert set(table) == {"cpu", *(p.stem for p in tuned.glob("sm_*.json") if "." not in p.stem)}
+    for entry in table.values():
+        assert isinstance(entry["measured"], bool)
+        assert "at_most" not in entry["rows"][-1]  # whatever the shape, there is an order
+        for row in entry["rows"]:
+            assert set(row["order"]) <= set(EXACT) and len(set(row["order"])) == len(row["order"])
+    assert "sage_attn" not in EXACT and set(EXACT) < set(BACKENDS)
+
+
+def test_auto_takes_the_tables_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
+    few = {"at_most": {"head_dim": 64, "keys": 8, "itemsize": 2}, "order": ["fa", "triton", "torch_sdpa"]}
+    rows = [few, {"order": ["cudnn", "torch_sdpa"]}]
+    monkeypatch.setattr(attention_module, "order_table", lambda: {**order_table(), "sm_90": {"rows": rows}})
+    monkeypatch.setattr(attention_module, "architecture", lambda: "sm_90")
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+
+    def chosen(head_dim: int, keys: int, dtype: torch.dtype = torch.bfloat16) -> str:
+        return pick("transformer", None, Case(GPU, dtype, head_dim, keys)).name
+
+    assert chosen(64, 8) == "triton"  # flash-attn is not installed
+    assert chosen(64, 9) == chosen(80, 8) == "cudnn"
+    assert chosen(64, 8, torch.float32) == "torch_sdpa"  # the last row: cuDNN refuses
+    assert pick("transformer", None, Case(CPU, torch.float32, 300, 9)).name == "torch_sdpa"
+
+
+def test_the_report_says_which_shapes_took_which_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "order_of", lambda case: ("sage_attn",) if case.keys > 4 else ("torch_sdpa",))
+    for name in ("run", "reasons"):
+        answer = lambda self, *args, **options: [] if len(args) == 1 else torch.empty(0)
+        monkeypatch.setattr(type(BACKENDS["sage_attn"]), name, answer)
+    attend = Attention("transformer", None, CPU, torch.float32)
+    assert attend.used is None
+    for keys in (4, 3, 4):
+        x = torch.randn(1, keys, 2, 16)
+        attend(x, x, x)
+    assert attend.used == "torch_sdpa"
+    for keys in (6, 5):
+        x = torch.randn(1, keys, 2, 16)
+        attend(x, x, x)
+    assert attend.used == "torch_sdpa for 3, 4 keys; sage_attn for 5, 6 keys"
+
+
+def test_backends_are_timed_and_wrong_ones_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(attention_order, "CLASSES", (({"itemsize": 2, "head_dim": 16, "keys": 8}, ((1, 4, 8, 2),)),))
+    sdpa = BACKENDS["torch_sdpa"].run
+    stand_ins = {"triton": sdpa, "cudnn": lambda q, k, v, out=None: torch.zeros_like(q), "fa": sdpa}
+    for name, run in stand_ins.items():
+        monkeypatch.setattr(type(BACKENDS[name]), "run", staticmethod(run))
+        monkeypatch.setattr(type(BACKENDS[name]), "reasons", lambda self, case: [])
+    seconds = {"torch_sdpa": 3.0, "triton": 1.0, "fa": 2.0}
+    monkeypatch.setattr(attention_order, "medians_us", lambda calls, device: {name: seconds[name] for name in calls})
+    path = attention_order.rewrite("sm_90", CPU, {"device": "H200"}, tmp_path / "order.json")
+    table = json.loads(path.read_text())
+    assert table["sm_90"] == {
+        "measured": True,
+        "device": "H200",
+        "rows": [
+            {"at_most": {"itemsize": 2, "head_dim": 16, "keys": 8}, "order": ["triton", "fa", "torch_sdpa"]},
+            order_table()["sm_90"]["rows"][-1],
+        ],
+    }
+    assert table["sm_80"] == order_table()["sm_80"]
+    shipped = attention_order.FILE.read_text()
+    assert attention_order.text_of(json.loads(shipped)) == shipped
 
 
 @pytest.mark.parametrize(
