@@ -21,6 +21,7 @@ from sgl_diffusion.models.family import Tensors
 from sgl_diffusion.runtime.errors import UserError
 
 CAPACITY = 4  # graphs of a stage, where no warm-up declared more shapes
+REFUSALS = 64  # shapes whose capture failed that are remembered, the latest
 STAGES = {"text_encoding": "text_encoder", "denoising": "denoiser", "decoding": "vae"}  # and whose weights they use
 NOT_WARMED_UP = "this shape was not warmed up"
 
@@ -135,7 +136,7 @@ class Graphs:
         self.captures = self.replays = 0
         self.eager: Counter[str] = Counter()
         self._graphs: OrderedDict[Hashable, Graph] = OrderedDict()
-        self._refused: dict[Hashable, str] = {}
+        self._refused: OrderedDict[Hashable, str] = OrderedDict()
 
     def __call__(self, function: Function, *arguments: Tensors) -> tuple[Tensor, ...]:
         """The function's results, in tensors of their own. Equal functions are one function."""
@@ -177,6 +178,8 @@ class Graphs:
             told = f"a capture failed: {str(e).splitlines()[0]}"
             if self.required:
                 raise UserError(f"enable_cuda_graph=true: {told}") from e
+            if len(self._refused) == REFUSALS:
+                self._refused.popitem(last=False)
             self._refused[key] = told
             return None
         self.captures += 1

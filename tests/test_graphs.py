@@ -17,7 +17,7 @@ from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.denoise import EulerStep
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.graphs import CAPACITY, STAGES, Graphs, capturing, make_graphs
+from sgl_diffusion.runtime.graphs import CAPACITY, REFUSALS, STAGES, Graphs, capturing, make_graphs
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,11 @@ class Replays:
 class CannotRecord:
     name = "test"
 
+    def __init__(self) -> None:
+        self.attempts = 0
+
     def record(self, function: Any, arguments: Any) -> Any:
+        self.attempts += 1
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
 
@@ -176,6 +180,14 @@ def test_a_failed_capture_is_told_or_an_error() -> None:
     assert graphs.report()["eager"] == {"a capture failed: operation not permitted when stream is capturing": 2}
     with pytest.raises(UserError, match="enable_cuda_graph=true: a capture failed: operation not permitted"):
         Graphs(CannotRecord(), required=True)(double, torch.ones(1))
+
+
+def test_the_latest_failures_are_remembered_and_no_more() -> None:
+    graphs = Graphs(CannotRecord())
+    sizes = [*range(1, REFUSALS + 2), REFUSALS + 1, 2, 1]  # all are remembered but for the first
+    for size in sizes:
+        graphs(double, torch.zeros(size))
+    assert graphs.recorder.attempts == REFUSALS + 2  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
