@@ -1,12 +1,16 @@
-"""Prompt encoding with the encoders and tokenizers of transformers: ids, padding and which output a model reads."""
+"""Encoding of prompts and pictures with encoders of transformers: ids, padding and which output a model reads."""
 
 from __future__ import annotations
 
+import html
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import ftfy
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from sgl_diffusion.models.family import Execute
@@ -36,6 +40,26 @@ class Hidden:
         return (self.encoder(input_ids=ids)[0],)
 
 
+@dataclass(frozen=True)
+class MaskedHidden:
+    """As `Hidden`, of an encoder that does not see the padding; its states there are zeros."""
+
+    encoder: Any
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> tuple[Tensor]:
+        return (self.encoder(input_ids=ids, attention_mask=mask)[0] * mask[..., None],)
+
+
+@dataclass(frozen=True)
+class Vision:
+    """A pure function of pixels on the encoder's device: the hidden states before the last layer."""
+
+    encoder: Any
+
+    def __call__(self, pixels: Tensor) -> tuple[Tensor]:
+        return (self.encoder(pixels, output_hidden_states=True).hidden_states[-2],)
+
+
 def clip_pooled(tokenizer: Any, encoder: Any, prompts: Sequence[str], execute: Execute) -> Tensor:
     """Pooled CLIP vector (B, C) of each prompt, padded to the tokenizer's length and without a mask.
 
@@ -52,6 +76,42 @@ def t5_hidden(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int,
     Raises:
         PromptTooLong: a prompt has more than `length` tokens.
     """
+    _demand_fit(tokenizer, prompts, length)
+    ids = _ids(tokenizer, prompts, length)
+    return execute(Hidden(encoder), ids.to(encoder.device))[0]
+
+
+def umt5_hidden(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int, execute: Execute) -> Tensor:
+    """Last hidden states (B, length, C) of UMT5, which does not see padding; zeros there.
+
+    Prompts are cleaned first: mended encodings, no HTML entities, single spaces (`prompt_clean` of diffusers).
+
+    Raises:
+        PromptTooLong: a prompt has more than `length` tokens.
+    """
+    prompts = [clean(prompt) for prompt in prompts]
+    _demand_fit(tokenizer, prompts, length)
+    batch = tokenizer(
+        prompts, padding="max_length", max_length=length, truncation=True, return_attention_mask=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    ids, mask = batch.input_ids.to(encoder.device), batch.attention_mask.to(encoder.device)
+    return execute(MaskedHidden(encoder), ids, mask)[0]
+
+
+def clean(prompt: str) -> str:
+    """The text that is meant: mended, entities as characters (they may have been escaped twice), single spaces."""
+    text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
+    return re.sub(r"\s+", " ", text).strip()
+
+
+def vision_hidden(processor: Any, encoder: Any, pictures: Sequence[Image], execute: Execute) -> Tensor:
+    """Hidden states (pictures, tokens, C) of a CLIP vision encoder before its last layer."""
+    pixels = processor(images=list(pictures), return_tensors="pt").pixel_values
+    return execute(Vision(encoder), pixels.to(encoder.device, encoder.dtype))[0]
+
+
+def _demand_fit(tokenizer: Any, prompts: Sequence[str], length: int) -> None:
     for prompt in prompts:
         tokens = tokenizer(prompt, truncation=False).input_ids
         if len(tokens) > length:
@@ -59,8 +119,6 @@ def t5_hidden(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int,
             raise PromptTooLong(
                 f"max_sequence_length={length}: the prompt has {len(tokens)} tokens; this would be lost: {lost!r}"
             )
-    ids = _ids(tokenizer, prompts, length)
-    return execute(Hidden(encoder), ids.to(encoder.device))[0]
 
 
 def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
@@ -90,7 +148,9 @@ class HashTokenizer:
             return _Batch([self._word(w) for w in text.split()])
         words = [[self._word(w) for w in t.split()] for t in text]
         length = options.get("max_length") or max(map(len, words))
-        return _Batch(torch.tensor([(row + [1] * length)[:length] for row in words]))
+        lengths = torch.tensor([min(len(row), length) for row in words])
+        ids = torch.tensor([(row + [1] * length)[:length] for row in words])
+        return _Batch(ids, (torch.arange(length) < lengths[:, None]).long())
 
     def tokenize(self, text: str) -> list[str]:
         return text.split()
@@ -105,6 +165,7 @@ class HashTokenizer:
         return [self.decode(row) for row in ids]
 
 
+@dataclass(frozen=True)
 class _Batch:
-    def __init__(self, input_ids: Any) -> None:
-        self.input_ids = input_ids
+    input_ids: Any
+    attention_mask: Any = None

@@ -18,10 +18,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
     def folder(name: str) -> Path:
         import tiny_checkpoints
+        import tiny_wan
 
-        path = root / name
+        path, module = root / name, tiny_wan if name.startswith("wan") else tiny_checkpoints
         if not path.exists():
-            getattr(tiny_checkpoints, f"build_{name}")(path)
+            getattr(module, f"build_{name}")(path)
         return path
 
     return folder

@@ -13,10 +13,16 @@ import numpy as np
 import pytest
 import torch
 from huggingface_hub import snapshot_download
+from PIL import Image
 from safetensors.torch import load_file
 from tiny_checkpoints import build_flux, copy, link_into_hub_cache, neutral, reshard
 
 Tiny = Callable[[str], Path]
+NAMES = ["flux", "sdxl", "sd3", "ovis", "wan", "wan_i2v", "wan_flf2v", "wan22", "wan22_i2v", "wan22_ti2v"]
+VIDEO = {"num_frames": 5, "max_sequence_length": 16}
+FIRST, LAST = (
+    {name: Image.new("RGB", (40, 60), colour)} for name, colour in (("image", "red"), ("last_image", "blue"))
+)
 PROMPT, OTHER_PROMPT = "a red circle left of a blue square", "a white cross on a black background"
 MEGABYTES = 10  # the largest, FLUX with two of each block at width 128, has 9; the others have 1 to 3
 
@@ -31,7 +37,7 @@ def draw(loaded: Any, prompt: str = PROMPT, seed: int = 0, **options: Any) -> np
     """The pixels of two steps at 48x32 (height x width), or of five such frames."""
     call = {"height": 48, "width": 32, "num_inference_steps": 2, "output_type": "np", **options}
     generator = torch.Generator().manual_seed(seed)
-    return np.asarray(loaded(prompt, generator=generator, return_dict=False, **call)[0])
+    return np.asarray(loaded(prompt=prompt, generator=generator, return_dict=False, **call)[0])
 
 
 # -- every builder ------------------------------------------------------------------------
@@ -44,7 +50,9 @@ def draw(loaded: Any, prompt: str = PROMPT, seed: int = 0, **options: Any) -> np
         ("sdxl", "StableDiffusionXLPipeline", {}),
         ("sd3", "StableDiffusion3Pipeline", {"max_sequence_length": 16}),
         ("ovis", "OvisImagePipeline", {}),
-        ("wan", "WanPipeline", {"num_frames": 5, "max_sequence_length": 16}),
+        *((name, "WanPipeline", VIDEO) for name in ("wan", "wan22", "wan22_ti2v")),
+        *((name, "WanImageToVideoPipeline", VIDEO | FIRST) for name in ("wan_i2v", "wan22_i2v")),
+        ("wan_flf2v", "WanImageToVideoPipeline", VIDEO | FIRST | LAST),
     ],
 )
 def test_diffusers_draws_from_prompt_and_seed(
@@ -85,7 +93,7 @@ def test_two_builds_have_the_same_bytes(tiny: Tiny, tmp_path: Path) -> None:
 # -- what the weights show ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["flux", "sdxl", "sd3", "ovis", "wan"])
+@pytest.mark.parametrize("name", NAMES)
 def test_no_norm_or_bias_has_its_default(tiny: Tiny, name: str) -> None:
     """Defaults (weight 1, bias 0) would let a forgotten or swapped tensor pass."""
     files = sorted(tiny(name).glob("*/*.safetensors"))

@@ -160,26 +160,6 @@ def build_sd3(path: Path) -> Path:
     return path
 
 
-def build_wan(path: Path) -> Path:
-    """A video pipeline, for the diffusers backend."""
-    token = tokens(path.parent / "tokenizers")
-    transformer = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=32, text_dim=T5_WIDTH, ffn_dim=128, num_layers=2,
-        qk_norm="rms_norm_across_heads",
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKLWan(base_dim=4, z_dim=16, num_res_blocks=1)
-    diffusers.WanPipeline(
-        tokenizer=token.t5,
-        text_encoder=t5_encoder(token.t5, "text_encoder", multilingual=True),
-        vae=randomise(vae, "vae"),
-        scheduler=diffusers.UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
-        transformer=randomise(transformer, "transformer"),
-    ).save_pretrained(path)
-    return path
-
-
 def build_ovis(path: Path) -> Path:
     tokenizer = _byte_level_tokenizer()
     encoder = transformers.Qwen3Model(
