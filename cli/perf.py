@@ -16,7 +16,7 @@ from rich.table import Table
 
 from sgl_diffusion.cli.flags import Parser
 from sgl_diffusion.runtime.errors import RunFailure, UserError
-from sgl_diffusion.runtime.report import Accounting, Report
+from sgl_diffusion.runtime.report import Accounting, LoadReport, Report
 
 COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2")
 STEP_COLOUR, BOUND_COLOUR = "#9ecae9", "#222222"
@@ -47,6 +47,8 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
         for output in reports[0].outputs:
             print(f"saved {output}")
     console.print(comparison(names, reports))
+    if args.action == "show" and reports[0].load is not None and reports[0].load.components:
+        _show_load(console, reports[0].load)
     if args.action == "show" and reports[0].accounting is not None:
         _show_accounting(console, reports[0].accounting)
     if limit is None:
@@ -113,6 +115,17 @@ def comparison(names: Sequence[str], reports: Sequence[Report]) -> Table:
                 cells.append(f"{column[row] / columns[0][row]:.3f}" if both else "-")
         table.add_row(*cells)
     return table
+
+
+def _show_load(console: Console, load: LoadReport) -> None:
+    """How every component came to where it lives, before the first request."""
+    table = Table(f"load (threads: {load.readers})", box=SIMPLE)
+    for column in ("weights", "GB", "GB/s", "ms", "read", "convert", "upload"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, c in load.components.items():
+        size, speed = f"{c.bytes_read / 1e9:.3f}", f"{c.gb_per_s:.2f}"
+        table.add_row(name, c.weights, size, speed, *(f"{ms:.1f}" for ms in (c.wall_ms, *c.split().values())))
+    console.print(table)
 
 
 def _show_accounting(console: Console, accounting: Accounting) -> None:

@@ -3,19 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.weights import weight_files
+from sgl_diffusion.runtime.reading import Loader, LoadTimes, Stored, stored_tensors
+from sgl_diffusion.runtime.weights import some, weight_files
+
+if TYPE_CHECKING:
+    from sgl_diffusion.runtime.offload import DeviceStreams
 
 # our backend names -> transformers' attention implementations
 IMPLEMENTATIONS = {"torch_sdpa": "sdpa", "eager": "eager"}
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """Stands in for a tensor in the state dict that `from_pretrained` is given.
+
+    transformers knows the names of old checkpoints, which weights stay in fp32 and which are tied. It takes all of a
+    tensor (`tensor[...]`) and moves it to the device and dtype it is to have: that move is the read.
+    """
+
+    stored: Stored
+    loader: Loader
+
+    def __getitem__(self, all_of_it: Any) -> Self:
+        return self
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        tensor = torch.empty(self.stored.shape, device=device, dtype=dtype)
+        self.loader.load([(self.stored, tensor)])
+        return tensor
 
 
 def load_encoder(
@@ -25,38 +49,42 @@ def load_encoder(
     device: torch.device,
     dtype: torch.dtype,
     attention: str | None,
-) -> Any:
+    streams: DeviceStreams | None = None,
+) -> tuple[LoadTimes, Any]:
     """The encoder named by `architectures` in its config, which is `model_index.json`'s word for it.
 
     Raises:
         UserError: an unknown class, a corrupt file, missing or mis-shaped weights, an attention backend it refuses.
     """
     cls = _encoder_class(key, config)
-    weight_files(folder)
+    stored = [tensor for path in _encoder_files(folder) for tensor in stored_tensors(path)]
     transformers.utils.logging.disable_progress_bar()  # the caller shows progress
     try:
-        encoder, info = cls.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": device},
-            use_safetensors=True,
-            output_loading_info=True,
-            local_files_only=True,
-            **_attention_option(key, attention),
-        )
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{folder}: not a readable safetensors file: {str(e).splitlines()[0]}") from e
-    except RuntimeError as e:  # transformers reports mis-shaped weights so
+        with Loader(streams) as loader:
+            encoder, info = cls.from_pretrained(
+                None,
+                config=cls.config_class.from_pretrained(folder, local_files_only=True),
+                state_dict={tensor.name: _Unread(tensor, loader) for tensor in stored},
+                dtype=dtype,
+                device_map={"": device},
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below, by name
+                **_attention_option(key, attention),
+            )
+    except RuntimeError as e:  # weights that transformers could not convert
         raise UserError(f"{folder}: {' '.join(str(e).split())[:300]}") from e
-    problems = {
-        k.removesuffix("_keys"): sorted(map(str, info[k]))
-        for k in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        if info[k]
-    }
-    if problems:
-        told = "; ".join(f"{kind} weights: {', '.join(names[:6])}" for kind, names in problems.items())
+    misshaped = [f"{name} {tuple(shape)} instead of {tuple(wanted)}" for name, shape, wanted in info["mismatched_keys"]]
+    problems = {"missing": info["missing_keys"], "unexpected": info["unexpected_keys"], "mis-shaped": misshaped}
+    if any(problems.values()):
+        told = "; ".join(f"{kind} weights: {some(sorted(names))}" for kind, names in problems.items() if names)
         raise UserError(f"{folder}: {told}")
-    return encoder
+    return loader.times, encoder
+
+
+def _encoder_files(folder: Path) -> list[Path]:
+    """As `weight_files`, but a whole file goes before shards and variants: so it is with transformers."""
+    whole = folder / "model.safetensors"
+    return [whole] if whole.is_file() else weight_files(folder)
 
 
 def dummy_encoder(

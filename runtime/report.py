@@ -16,7 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, computed_field
 
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 
@@ -97,12 +97,15 @@ class Accounting(BaseModel):
 
 
 class ComponentMemory(BaseModel):
-    """Weights of a component: all of them, and what of them is on the device while it works."""
+    """Weights of a component: all of them, what of them is on the device while it works, and where the host has them:
+    in memory that is locked or is not, or in their files alone.
+    """
 
     dtype: str
     residency: str
     weights_mb: float
     device_mb: float
+    host: Literal["pinned", "pageable", "mapped"] | None
 
 
 class StageMemory(BaseModel):
@@ -122,7 +125,9 @@ class StageMemory(BaseModel):
 class MemoryReport(BaseModel):
     """Memory as predicted from configs, beside what was measured. MiB.
 
-    `graphs_mb` is what captured steps keep for themselves; it is beside the peak, which the allocator counts.
+    `graphs_mb` is what captured steps keep for themselves; it is beside the peak, which the allocator counts. Offloaded
+    weights are in host memory that is locked (`pinned`) or is not (`pageable`), or in their files alone (`mapped`).
+    `chosen` is what performance_mode decided, as no flag did, and by which numbers.
     """
 
     components: dict[str, ComponentMemory]
@@ -133,8 +138,63 @@ class MemoryReport(BaseModel):
     measured_peak_mb: float | None
     pinned_host_mb: float
     pageable_host_mb: float
+    mapped_host_mb: float
     available_mb: float | None
     decode: Literal["whole", "tiles"]
+    chosen: dict[str, Any]
+
+
+class ComponentLoad(BaseModel):
+    """How a component's weights came to where they live.
+
+    `read`, `convert` and `upload` are times of all reader threads together and of the device's copy stream. They
+    overlap: their sum may be more than the time that has passed, `wall_ms`.
+    """
+
+    weights: Literal["read", "mapped", "dummy"]  # mapped: they stay in their files until they are needed
+    wall_ms: Milliseconds
+    bytes_read: int = 0
+    read_ms: Milliseconds = 0.0
+    convert_ms: Milliseconds = 0.0
+    upload_ms: Milliseconds = 0.0
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def gb_per_s(self) -> float:
+        """Of the time that has passed."""
+        return self.bytes_read / 1e6 / self.wall_ms if self.wall_ms else 0.0
+
+    def split(self) -> dict[str, float]:
+        """Milliseconds of what is done to weights."""
+        return {"read": self.read_ms, "convert": self.convert_ms, "upload": self.upload_ms}
+
+
+class LoadReport(BaseModel):
+    """What it took to be ready for requests; the total is that of everything, the warm-up included."""
+
+    wall_ms: Milliseconds
+    warm_up_ms: Milliseconds
+    readers: int
+    components: dict[str, ComponentLoad]
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def total(self) -> ComponentLoad | None:
+        """Of all components whose weights were read, one after another."""
+        read = [c for c in self.components.values() if c.weights == "read"]
+        numbers = [n for n in ComponentLoad.model_fields if n != "weights"]
+        return ComponentLoad(weights="read", **{n: sum(getattr(c, n) for c in read) for n in numbers}) if read else None
+
+    def summary(self) -> str:
+        """One line for a person."""
+        told = f"load {_ms(self.wall_ms)}"
+        if self.warm_up_ms:
+            told += f", of it warm-up {_ms(self.warm_up_ms)}"
+        if (total := self.total) is None:
+            return told
+        split = ", ".join(f"{part} {_ms(ms)}" for part, ms in total.split().items())
+        told += f", {total.bytes_read / 1e9:.2f} GB at {total.gb_per_s:.2f} GB/s"
+        return f"{told} ({split}: of {self.readers} threads, which overlap)"
 
 
 class Range(BaseModel):
@@ -165,6 +225,7 @@ class Report(BaseModel):
     error: Failure | None
     accounting: Accounting | None = None  # of native runs whose report is written to a file
     telemetry: dict[str, Range] | None = None  # clocks, power, memory of the GPU, for the same runs
+    load: LoadReport | None = None  # of native runs: how the model became ready, before the first of its requests
     memory: MemoryReport | None = None  # of native runs: on a GPU all, on a CPU those with a limit or a count
 
     @property
@@ -211,6 +272,8 @@ class Report(BaseModel):
         for name in ("attention", "precision"):
             if name in e:
                 lines.append(f"{name} " + ", ".join(f"{k}={v}" for k, v in e[name].items()))
+        if self.load is not None:
+            lines.append(self.load.summary())
         if self.memory is not None:
             measured = self.memory.measured_peak_mb
             told = "" if measured is None else f", measured {measured:,.1f} MiB"

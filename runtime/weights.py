@@ -1,18 +1,23 @@
-"""Checkpoint tensors -> parameters: memory-mapped, straight to the device and dtype, strict about names and shapes."""
+"""Checkpoint tensors -> parameters: straight into the packed parameter, its device and dtype; strict about names and
+shapes. How the bytes are read is `runtime.reading`'s."""
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sgl_diffusion.runtime.checkpoint import read_json
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.reading import Loader, LoadTimes, Stored, stored_tensors
+
+if TYPE_CHECKING:
+    from sgl_diffusion.runtime.offload import DeviceStreams
 
 SHOWN = 6  # names of each kind listed in an error
 
@@ -73,70 +78,69 @@ def slots(module: nn.Module) -> dict[str, Slot]:
 class Source:
     """A checkpoint tensor and its place in the module. Nothing is read until `read` is called."""
 
-    file: safe_open
-    name: str
+    stored: Stored
     slot: Slot
 
     def read(self) -> Tensor:
         """The tensor, which stays a view of the mapped file."""
-        tensor: Tensor = self.file.get_tensor(self.name)  # type: ignore[no-untyped-call]
-        return tensor
+        return self.stored.mapped()
 
 
-def load_weights(module: nn.Module, files: Sequence[Path], device: torch.device, dtype: torch.dtype) -> None:
-    """Fills a module built under the meta device. Host memory stays near one tensor: files are memory-mapped.
+def load_weights(
+    module: nn.Module,
+    files: Sequence[Path],
+    device: torch.device,
+    dtype: torch.dtype,
+    streams: DeviceStreams | None = None,
+) -> LoadTimes:
+    """Fills a module built under the meta device. Host memory beyond the parameters stays within `reading`'s buffers.
 
+    Args:
+        streams: of the device, for uploads that overlap with reading.
     Raises:
         UserError: a corrupt file, or missing, unexpected or mis-shaped weights, listing their names.
     """
     found = find_weights(module, files)
     module.to(dtype).to_empty(device=device)
     parameters = dict(module.named_parameters())
-    for source in found:
-        slot = source.slot
-        parameters[slot.parameter].data[slot.start : slot.stop].copy_(source.read())
+    with Loader(streams) as loader:
+        loader.load([(s.stored, parameters[s.slot.parameter].data[s.slot.start : s.slot.stop]) for s in found])
+    return loader.times
 
 
 def find_weights(module: nn.Module, files: Sequence[Path]) -> list[Source]:
-    """A source for every slot of the module; its files stay open and mapped.
+    """A source for every slot of the module, in the order of the files' bytes.
 
     Raises:
-        UserError: a corrupt file, or missing, unexpected or mis-shaped weights, listing their names.
+        UserError: a corrupt file, or missing, unexpected, repeated or mis-shaped weights, listing their names.
     """
     shapes, wanted = {name: p.shape for name, p in module.named_parameters()}, slots(module)
     skipped = tuple(getattr(module, "unused_weights", tuple)())
-    found, unexpected, misshaped = [], [], []
-    for file, name in _tensors(files):
+    found: dict[str, Source] = {}
+    unexpected, repeated, misshaped = [], [], []
+    for stored in (stored for path in files for stored in stored_tensors(path)):
+        name = stored.name
         if name.startswith(skipped):
             continue
         if (slot := wanted.get(name)) is None:
             unexpected.append(name)
             continue
-        found.append(Source(file, name, slot))
-        shape = tuple(file.get_slice(name).get_shape())  # type: ignore[no-untyped-call]
+        if name in found:
+            repeated.append(name)
+        found[name] = Source(stored, slot)
         expected = (slot.stop - slot.start, *shapes[slot.parameter][1:])
-        if shape != expected:
-            misshaped.append(f"{name} {shape} instead of {expected}")
-    seen = {source.name for source in found}
-    missing = [name for name in wanted if name not in seen]
-    problems = {"missing": missing, "unexpected": unexpected, "mis-shaped": misshaped}
+        if stored.shape != expected:
+            misshaped.append(f"{name} {stored.shape} instead of {expected}")
+    missing = [name for name in wanted if name not in found]
+    problems = {"missing": missing, "unexpected": unexpected, "repeated": repeated, "mis-shaped": misshaped}
     if any(problems.values()):
-        told = "; ".join(f"{kind} weights: {_some(names)}" for kind, names in problems.items() if names)
+        told = "; ".join(f"{kind} weights: {some(names)}" for kind, names in problems.items() if names)
         raise UserError(f"{files[0].parent}: {told}")
-    return found
+    return [*found.values()]
 
 
-def _tensors(files: Sequence[Path]) -> Iterator[tuple[safe_open, str]]:
-    for path in files:
-        try:
-            file = safe_open(path, framework="pt")
-            names = file.keys()  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError) as e:
-            raise UserError(f"{path}: not a readable safetensors file: {e}") from e
-        yield from ((file, name) for name in names)
-
-
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, for an error."""
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return ", ".join(names[:SHOWN]) + more
 

@@ -221,38 +221,3 @@ def test_model_id_lends_its_defaults(tiny: Tiny) -> None:
     assert isinstance(engine.backend, NativePipeline) and engine.backend.defaults.num_inference_steps == 4
     with pytest.raises(UserError, match="model_id=nope: expected one of"):
         load(tiny("flux"), model_id="nope")
-
-
-def test_loading_needs_little_more_than_the_parameters(tmp_path: Path) -> None:
-    """Files are memory-mapped and copied tensor by tensor: no second copy of the weights, in any dtype, exists."""
-    import re
-    import threading
-
-    from safetensors.torch import save_file
-
-    from sgl_diffusion.runtime.weights import load_weights
-
-    megabytes = 16
-    module = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12)))  # 16 MiB each in fp32
-    save_file(dict(module.named_parameters()), tmp_path / "w.safetensors")
-    with torch.device("meta"):
-        module = torch.nn.Sequential(*(torch.nn.Linear(2048, 2048, bias=False) for _ in range(12)))
-
-    def anonymous_mib() -> float:
-        found = re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())
-        assert found is not None
-        return int(found[1]) / 1024
-
-    before, peak, done = anonymous_mib(), [0.0], threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.001):
-            peak[0] = max(peak[0], anonymous_mib())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    load_weights(module, [tmp_path / "w.safetensors"], torch.device("cpu"), torch.bfloat16)
-    done.set()
-    watcher.join()
-    parameters = 12 * megabytes / 2
-    assert peak[0] - before < parameters + 3 * megabytes, "the fp32 weights were held as well"
