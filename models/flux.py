@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sgl_diffusion.kernels.embedding import patchify, timestep_embedding, unpatchify
-from sgl_diffusion.kernels.modulation import modulation
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.models.autoencoders.kl import AutoencoderKL, VaeConfig
 from sgl_diffusion.models.config import demand, read_config
@@ -33,6 +32,7 @@ from sgl_diffusion.models.layers import (
     FeedForward,
     JointAttention,
     Linear,
+    Modulations,
     Residual,
     RMSNormWeight,
     Rotary,
@@ -159,6 +159,8 @@ class TimeTextEmbedding(nn.Module):
 class FluxTransformer(nn.Module):
     """`FluxTransformer2DModel`."""
 
+    before_first_step = ("context_embedder", "time_text_embed", "modulation")
+
     def __init__(self, config: FluxConfig, attention: AttentionFn) -> None:
         super().__init__()
         demand(config, patch_size=1)
@@ -170,14 +172,13 @@ class FluxTransformer(nn.Module):
         self.single_transformer_blocks = nn.ModuleList(
             SingleBlock(config, attention) for _ in range(config.num_single_layers)
         )
-        # every block's modulation layer, in one: their vectors for all steps of a request are computed before the first
         parts: dict[str, int] = {}
         for i in range(config.num_layers):
             parts |= {f"transformer_blocks.{i}.norm1_context.linear": 6, f"transformer_blocks.{i}.norm1.linear": 6}
         parts |= {f"single_transformer_blocks.{i}.norm.linear": 3 for i in range(config.num_single_layers)}
         parts |= {"norm_out.linear": 2}
-        self.packed = {"modulation": parts}
-        self.modulation = nn.Linear(D, sum(parts.values()) * D)
+        self.modulation = Modulations(D, parts)
+        self.packed = self.modulation.packed_as("modulation")
         self.proj_out = Linear(D, config.out_channels or config.in_channels)
 
     def rotary(self, text_tokens: int, rows: int, columns: int, device: torch.device) -> Rotary:
@@ -191,14 +192,14 @@ class FluxTransformer(nn.Module):
         return Rotary(cos, sin)
 
     def modulate(self, t_S: Tensor, guidance: Tensor | None, pooled_BC: Tensor) -> list[Modulation]:
-        """The vectors of every step, by one pass over their weights.
+        """The vectors of every step.
 
         Args:
             t_S, guidance: in thousandths and in the model's dtype; guidance of one element, or None.
         """
         embedding_SBD = self.time_text_embed(t_S, guidance, pooled_BC)
-        S, B, D = embedding_SBD.shape
-        y = modulation(embedding_SBD.flatten(0, 1), self.modulation.weight, self.modulation.bias).view(S, B, -1, D)
+        S, B = embedding_SBD.shape[:2]
+        y = self.modulation(embedding_SBD.flatten(0, 1)).unflatten(0, (S, B))
         doubles, singles = 12 * self.config.num_layers, 3 * self.config.num_single_layers
         double, single, out = y.split([doubles, singles, 2], dim=2)
         double_SN6GD = double.unflatten(2, (-1, 2, 6)).permute(0, 2, 4, 3, 1, 5).flatten(3, 4)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgl_diffusion.kernels.gemm import gemm
+from sgl_diffusion.kernels.modulation import modulation
 from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.kernels.residual import gate_residual, residual_norm
@@ -18,6 +19,8 @@ from sgl_diffusion.models.family import AttentionFn
 
 # B batch  T text tokens  I image tokens  L = T + I  R = B * L rows  H heads  K head dim  D = H * K width
 # P = K / 2 rotary pairs  G groups of rows with one modulation
+# M timesteps x batch  V modulation vectors
+VECTORS_OF_A_SLICE = 12  # of modulation: as many weights as a small block has
 
 
 class Linear(nn.Linear):
@@ -70,6 +73,47 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
+
+
+class ModulationSlice(nn.Linear):
+    """Some of the modulation layers, in one."""
+
+    def forward(self, embedding_MD: Tensor) -> Tensor:
+        return modulation(embedding_MD, self.weight, self.bias)
+
+
+class Modulations(nn.Module):
+    """The modulation layers of all blocks: their vectors for every step of a request are computed before the first.
+
+    They hold up to a third of a model's weights, and lie in slices about as large as a block, so that a device without
+    room for all of them can have them one by one. Slices do not depend on where weights live: nor do the results.
+
+    Args:
+        layers: how many vectors of the model's width each layer gives, by its name in the checkpoint.
+    """
+
+    def __init__(self, width: int, layers: Mapping[str, int]) -> None:
+        super().__init__()
+        cut: list[dict[str, int]] = [{}]
+        for name, vectors in layers.items():
+            if sum(cut[-1].values()) + vectors > VECTORS_OF_A_SLICE:
+                cut.append({})
+            cut[-1][name] = vectors
+        self.width, self.layers = width, cut
+        self.sizes = [sum(parts.values()) * width for parts in cut]
+        self.slices = nn.ModuleList(ModulationSlice(width, size) for size in self.sizes)
+
+    def packed_as(self, name: str) -> dict[str, dict[str, int]]:
+        """What the module that holds this one by that name declares as packed."""
+        return {f"{name}.slices.{i}": parts for i, parts in enumerate(self.layers)}
+
+    def forward(self, embedding_MD: Tensor) -> Tensor:
+        """(M, V, D), in the order of the layers."""
+        y, start = embedding_MD.new_empty(len(embedding_MD), sum(self.sizes)), 0
+        for size, layer in zip(self.sizes, self.slices, strict=True):
+            y[:, start : start + size] = layer(embedding_MD)
+            start += size
+        return y.unflatten(1, (-1, self.width))
 
 
 class RMSNormWeight(nn.Module):

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from sgl_diffusion.kernels.embedding import patchify, timestep_embedding
-from sgl_diffusion.kernels.modulation import modulation
 from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.models.config import demand, read_config
 from sgl_diffusion.models.family import AttentionFn, Condition, Defaults, Guidance, Predictor, Preset, Size
@@ -23,6 +22,7 @@ from sgl_diffusion.models.layers import (
     FeedForward,
     JointAttention,
     Linear,
+    Modulations,
     Residual,
     RMSNormWeight,
     Rotary,
@@ -126,6 +126,8 @@ class TimeEmbedding(nn.Module):
 class QwenImageTransformer(nn.Module):
     """`QwenImageTransformer2DModel`."""
 
+    before_first_step = ("txt_in", "time_text_embed", "modulation")
+
     def __init__(self, config: QwenImageConfig, attention: AttentionFn) -> None:
         super().__init__()
         D, N, self.config = config.width, config.num_layers, config
@@ -134,13 +136,12 @@ class QwenImageTransformer(nn.Module):
         self.txt_in = Linear(config.joint_attention_dim, D)
         self.img_in = Linear(config.in_channels, D)
         self.transformer_blocks = nn.ModuleList(Block(config, attention) for _ in range(N))
-        # every block's modulation layers, in one: their vectors for all steps are computed before the first
         parts: dict[str, int] = {}
         for i in range(N):
             parts |= {f"transformer_blocks.{i}.txt_mod.1": 6, f"transformer_blocks.{i}.img_mod.1": 6}
         parts |= {"norm_out.linear": 2}
-        self.packed = {"modulation": parts}
-        self.modulation = nn.Linear(D, sum(parts.values()) * D)
+        self.modulation = Modulations(D, parts)
+        self.packed = self.modulation.packed_as("modulation")
         self.proj_out = Linear(D, config.in_channels)
 
     def rotary(self, text_tokens: int, rows: int, columns: int, device: torch.device) -> Rotary:
@@ -159,9 +160,8 @@ class QwenImageTransformer(nn.Module):
         return Rotary(cos, sin)
 
     def modulate(self, t_S: Tensor) -> list[Modulation]:
-        """The vectors of every step, by one pass over their weights; t_S as for `TimeEmbedding`."""
-        layer, D = self.modulation, self.config.width
-        vectors_SVD = modulation(self.time_text_embed(t_S), layer.weight, layer.bias).unflatten(-1, (-1, D))
+        """The vectors of every step; t_S as for `TimeEmbedding`."""
+        vectors_SVD = self.modulation(self.time_text_embed(t_S))
         blocks, out_S2D = vectors_SVD.split([12 * self.config.num_layers, 2], dim=1)
         block_SN62D = blocks.unflatten(1, (-1, 2, 6)).transpose(2, 3)
         return [Modulation(*step) for step in zip(block_SN62D, out_S2D[:, :, None], strict=True)]

@@ -71,8 +71,3 @@ class Blueprint:
                 encoder = dummy_encoder(key, self.configs[key], torch.device("meta"), self.plan.dtypes[key], None)
                 parts[key] = encoder.eval()
         return parts
-
-    def weight_bytes(self) -> dict[str, int]:
-        """Size of every component that has weights."""
-        parts = self.shape_only_parts(self.attention_on(self.plan.device))
-        return {key: sum(p.nbytes for p in part.parameters()) for key, part in parts.items()}

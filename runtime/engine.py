@@ -27,7 +27,8 @@ from sgl_diffusion.runtime.compilation import compilations, keep_compiled_code
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageFinished, StageStarted
 from sgl_diffusion.runtime.latents import Latents, latents_path, resumed, save_latents
-from sgl_diffusion.runtime.memory import Gauge, MemoryPlanner, module_bytes
+from sgl_diffusion.runtime.live_bytes import Gauge, module_bytes
+from sgl_diffusion.runtime.memory import MemoryPlanner
 from sgl_diffusion.runtime.output import (
     Output,
     frames_path,
@@ -40,10 +41,12 @@ from sgl_diffusion.runtime.output import (
 )
 from sgl_diffusion.runtime.pipeline import DecodeFailure, NativePipeline, Pixels
 from sgl_diffusion.runtime.prewarm import throw_away_requests
+from sgl_diffusion.runtime.reading import READERS
 from sgl_diffusion.runtime.report import (
     MIB,
     Accounting,
     Failure,
+    LoadReport,
     MemoryReport,
     Report,
     StageTime,
@@ -72,6 +75,7 @@ class Engine:
         self.args, self.model, self.backend = args, model, backend
         self.device = backend.plan.device
         self.warmed_up: dict[str, Any] | None = None  # what a warm-up did, for the report
+        self.load_report: LoadReport | None = None
 
     @classmethod
     def load(cls, args: ServerArgs, like: SamplingParams | None = None) -> Engine:
@@ -88,17 +92,18 @@ class Engine:
         throw_away = throw_away_requests(args, first or SamplingParams(prompt=["a warm-up"]))
         keep_compiled_code()
         compilations()  # counted from here on
-        model = resolve(args)
+        model = resolve(args, ([first] if first else []) + throw_away)
         engine = cls(args, model, _build(model, args, _plan_memory(model, args, first, latents is not None)))
-        log.info(
-            "loaded %s with the %s backend (%s) in %.1f s",
-            args.model_path,
-            engine.backend.name,
-            model.why,
-            time.perf_counter() - started,
+        backend, now = engine.backend, time.perf_counter()
+        components = backend.loaded if isinstance(backend, NativePipeline) else {}
+        engine.load_report = load = LoadReport(
+            wall_ms=(now - started) * 1000, warm_up_ms=0.0, readers=READERS, components=components
         )
+        log.info("loaded %s with the %s backend (%s): %s", args.model_path, backend.name, model.why, load.summary())
         if throw_away:
             engine.warm_up(throw_away)
+            load.wall_ms = (time.perf_counter() - started) * 1000
+            load.warm_up_ms = (time.perf_counter() - now) * 1000
         return engine
 
     def warm_up(self, requests: Sequence[SamplingParams]) -> None:
@@ -310,6 +315,7 @@ class _Run:
             error=None if error is None else Failure(type=type(error).__name__, message=str(error)),
             accounting=None if error is not None else self._accounting(stages, total_ms),
             telemetry=None if self.telemetry is None else self.telemetry.ranges(),
+            load=engine.load_report,
             memory=self._memory_report(measured) if error is None else None,
         )
 
@@ -356,12 +362,12 @@ def _plan_memory(
         if args.device_memory_limit_mb is not None:
             raise UserError(f"device_memory_limit_mb={args.device_memory_limit_mb}: the diffusers backend has no limit")
         return None
-    assert model.blueprint is not None
-    memory = MemoryPlanner(model.blueprint, args)
+    memory = model.memory
+    assert memory is not None
     memory.check_weights()
     if first is not None and memory.available() is not None:
         request = resolve_request(first, model.sampling_defaults, args)
-        memory.tiling(memory.workload(request, decode_only=decode_only))
+        memory.tiling(memory.rehearsal.workload(request, decode_only=decode_only))
     return memory
 
 

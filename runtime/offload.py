@@ -1,9 +1,10 @@
 """Weights that live on the host: a component comes to the device for its stage, or its layers come one by one.
 
 Layers are the children of a module's outermost ModuleLists. While layer i computes, a second stream copies layers i+1
-to i+k into the device buffers that i's predecessors have left; a layer's weights travel as one run of bytes. What is
-outside of the layers comes with the stage. Weights are read only: what was changed on the device is lost when they
-leave.
+to i+k into the device buffers that i's predecessors have left; a layer's weights travel as one run of bytes. What a
+model declares to work before the first step alone (`before_first_step`, names of modules in the order of their calls)
+takes its turn in the same buffers, and does not come again. What is left comes with the stage. Weights are read only:
+what was changed on the device is lost when they leave.
 """
 
 from __future__ import annotations
@@ -159,6 +160,42 @@ class Parcel:
                 t.data = torch.full((), float("nan"), dtype=t.dtype).expand(t.shape)
 
 
+class Layout:
+    """How a module's weights travel: a stem for the whole stage, and layers one by one.
+
+    Args:
+        prefetch: None for a module that moves whole; else how many layers are copied ahead, as `Plan.prefetch`.
+        mapped: as `Parcel`'s.
+
+    Attributes:
+        preparation: layers that work before the first step alone; `layers` begins with them.
+        ahead: layers copied ahead, of those that come again.
+    """
+
+    def __init__(
+        self, module: nn.Module, prefetch: float | None, mapped: Mapping[int, Sequence[Source]] | None = None
+    ) -> None:
+        self.preparation: list[nn.Module] = []
+        self.layers: list[nn.Module] = []
+        self.ahead = 0
+        if prefetch is not None:
+            early = [module.get_submodule(name) for name in getattr(module, "before_first_step", ())]
+            self.preparation = [layer for part in early for layer in find_layers(part) or [part]]
+            again = [layer for layer in find_layers(module) if layer not in self.preparation]
+            self.layers, self.ahead = self.preparation + again, layers_ahead(prefetch, len(again))
+        self.stem, *self.parcels = [Parcel(tensors, mapped or {}) for tensors in partition(module, self.layers)]
+
+    @property
+    def size(self) -> int:
+        """Bytes of all weights."""
+        return self.stem.size + sum(parcel.size for parcel in self.parcels)
+
+    @property
+    def at_work(self) -> int:
+        """Bytes on the device during the stage."""
+        return self.stem.size + (self.ahead + 1) * max((parcel.size for parcel in self.parcels), default=0)
+
+
 # -- a few layers at a time ---------------------------------------------------------
 
 
@@ -178,24 +215,19 @@ class Window:
     A layer is at work from the call of any module in it to the call of a module in another layer.
 
     Args:
-        cyclic: the first layer follows the last, as in a denoiser.
+        cyclic: the first layer follows the last, as in a denoiser; but for layers of its preparation.
     """
 
-    def __init__(
-        self, layers: Sequence[nn.Module], parcels: Sequence[Parcel], ahead: int, cyclic: bool, streams: DeviceStreams
-    ) -> None:
-        self.parcels, self.ahead, self.cyclic, self.streams = parcels, ahead, cyclic, streams
+    def __init__(self, layout: Layout, cyclic: bool, streams: DeviceStreams) -> None:
+        self.parcels, self.first, self.ahead = layout.parcels, len(layout.preparation), layout.ahead
+        self.cyclic, self.streams = cyclic, streams
         self.buffers: list[Buffer] = []
         self.current: int | None = None
-        self.copied = self.late = 0  # bytes; copies that nothing had asked for before their layer's turn
-        for i, layer in enumerate(layers):
+        self.copied = Counter[int]()  # bytes, by layer
+        self.late = 0  # copies that nothing had asked for before their layer's turn
+        for i, layer in enumerate(layout.layers):
             for module in layer.modules():
                 module.register_forward_pre_hook(partial(self._called, i))
-
-    @property
-    def size(self) -> int:
-        """Bytes of the buffers on the device."""
-        return (self.ahead + 1) * max(parcel.size for parcel in self.parcels)
 
     def open(self) -> None:
         """Takes the buffers, and begins to fill them with the first layers."""
@@ -228,8 +260,8 @@ class Window:
         held = {buffer.layer: buffer for buffer in self.buffers}
         if self.current is not None:
             held[self.current].read.append(self.streams.computed())
-        following = [layer + i for i in range(self.ahead + 1)]
-        wanted = [i % len(self.parcels) for i in following if self.cyclic or i < len(self.parcels)]
+        n, following = len(self.parcels), range(layer, layer + self.ahead + 1)
+        wanted = [i if i < n else self.first + i - n for i in following if self.cyclic or i < n]
         spare = [buffer for buffer in self.buffers if buffer.layer not in wanted]
         self.late += layer not in held
         for i in wanted:
@@ -246,7 +278,7 @@ class Window:
         buffer.filled = self.streams.copy(partial(parcel.transfer, buffer.space), buffer.read)
         buffer.layer, buffer.read = layer, []
         parcel.arrive(buffer.space)
-        self.copied += parcel.size
+        self.copied[layer] += parcel.size
 
 
 # -- components -----------------------------------------------------------------------
@@ -273,24 +305,21 @@ class Offloaded:
         pin: bool = False,
         mapped: Sequence[Source] = (),
     ) -> None:
-        layers = [] if prefetch is None else find_layers(module)
-        if prefetch is not None and not layers:
-            raise UserError(f"layerwise_offload_components={name}: it has no lists of layers")
         sources: dict[int, list[Source]] = {}
         for source in mapped:
             sources.setdefault(id(module.get_parameter(source.slot.parameter)), []).append(source)
-        self.stem, *parcels = [Parcel(tensors, sources) for tensors in partition(module, layers)]
+        self.layout = layout = Layout(module, prefetch, sources)
+        if prefetch is not None and not layout.layers:
+            raise UserError(f"layerwise_offload_components={name}: it has no lists of layers")
+        self.stem, self.size = layout.stem, layout.size
         self.streams, self.pinned, self.mapped = streams, pin and not mapped, bool(mapped)
-        self.size = self.stem.size + sum(parcel.size for parcel in parcels)
         self.copied = 0
         self.space: Tensor | None = None
-        self.window: Window | None = None
-        if prefetch is not None:
-            self.window = Window(layers, parcels, layers_ahead(prefetch, len(layers)), cyclic, streams)
+        self.window = None if prefetch is None else Window(layout, cyclic, streams)
         if mapped:
             self._leave()
         else:
-            self._store(name, [self.stem, *parcels])
+            self._store(name, [self.stem, *layout.parcels])
 
     def _store(self, name: str, parcels: Sequence[Parcel]) -> None:
         """One run of host memory for all weights: it is locked once, and at its exact size."""
@@ -339,16 +368,19 @@ class Offloaded:
             "host": "mapped files" if self.mapped else "pinned memory" if self.pinned else "pageable memory",
             "host_bytes": 0 if self.mapped else self.size,
             "pinned_bytes": self.size if self.pinned else 0,
-            "device_bytes": self.stem.size + (self.window.size if self.window else 0),
-            "copied_bytes": self.copied + (self.window.copied if self.window else 0),
+            "mapped_bytes": self.size if self.mapped else 0,
+            "device_bytes": self.layout.at_work,
+            "copied_bytes": self.copied + (self.window.copied.total() if self.window else 0),
         }
         self.copied = 0
         if self.window is not None:
             w = self.window
-            told |= {"layers": len(w.parcels), "prefetch": w.ahead, "late_layers": w.late}
+            told |= {"layers": len(w.parcels) - w.first, "prefetch": w.ahead, "late_layers": w.late}
             if steps is not None:
-                told["copied_bytes_per_step"] = w.copied // steps
-            w.copied = w.late = 0
+                again = sum(size for layer, size in w.copied.items() if layer >= w.first)
+                told["copied_bytes_per_step"] = again // steps
+            w.copied.clear()
+            w.late = 0
         return told
 
 
@@ -405,10 +437,14 @@ class Offload:
         return told
 
 
-def fits_host_memory(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a module's weights, in this dtype, leave room for everything else. The module may be on meta."""
+def fits_host_memory(module: nn.Module, dtype: torch.dtype, taken: int = 0) -> bool:
+    """Whether a module's weights, in this dtype, leave room for everything else. The module may be on meta.
+
+    Args:
+        taken: bytes that others will have taken by then.
+    """
     size = sum(p.numel() for p in module.parameters()) * dtype.itemsize
-    return size + HOST_HEADROOM <= available_host_memory()
+    return taken + size + HOST_HEADROOM <= available_host_memory()
 
 
 def layers_ahead(prefetch: float, layers: int) -> int:

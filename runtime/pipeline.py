@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -25,11 +26,14 @@ from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, StageFinished, StageStarted, StepDone
 from sgl_diffusion.runtime.graphs import STAGES, CudaGraphs, capturing, make_graphs
 from sgl_diffusion.runtime.latents import Latents
-from sgl_diffusion.runtime.memory import Gauge, MemoryPlanner, Workload
-from sgl_diffusion.runtime.offload import DeviceStreams, Offload, fits_host_memory
+from sgl_diffusion.runtime.live_bytes import Gauge
+from sgl_diffusion.runtime.memory import MemoryPlanner
+from sgl_diffusion.runtime.offload import CudaStreams, DeviceStreams, Offload, fits_host_memory
 from sgl_diffusion.runtime.plan import dtype_name
 from sgl_diffusion.runtime.prewarm import compile_kernels
-from sgl_diffusion.runtime.report import Accounting, MemoryReport, StageTime
+from sgl_diffusion.runtime.reading import LoadTimes
+from sgl_diffusion.runtime.rehearsal import Workload
+from sgl_diffusion.runtime.report import Accounting, ComponentLoad, MemoryReport, StageTime
 from sgl_diffusion.runtime.request import Request, settle
 from sgl_diffusion.runtime.tape import Tapes
 from sgl_diffusion.runtime.trace import Stopwatch
@@ -99,17 +103,22 @@ class NativePipeline:
         self.encoder_attention: dict[str, str] = {}
         self.scheduler = blueprint.scheduler()
         self.parts: dict[str, Any] = {}
+        self.loaded: dict[str, ComponentLoad] = {}
         mapped: dict[str, Sequence[Source]] = {}  # weights that stay in their files
         for key, kind in blueprint.kinds.items():
+            started = time.perf_counter()
             if kind in ("denoiser", "vae"):
                 config = args.attention_backend_config if kind == "denoiser" else {}
                 self.attention[key] = Attention(key, plan.attention[key], plan.device, plan.dtypes[key], config)
                 self.parts[key] = blueprint.module(key, self.attention[key])
-                mapped[key] = self._fill(key, must_pin=args.pin_cpu_memory is True)
+                times, mapped[key] = self._fill(key, must_pin=args.pin_cpu_memory is True)
+                self.loaded[key] = self._component_load(started, times, is_mapped=bool(mapped[key]))
             elif kind == "text_encoder":
-                self.parts[key] = self._encoder(key)
+                times, self.parts[key] = self._encoder(key)
+                self.loaded[key] = self._component_load(started, times)
             elif kind == "tokenizer":
                 self.parts[key] = self._tokenizer(key)
+        self.memory.mapped = [key for key, found in mapped.items() if found]
         self.family = blueprint.family(self.parts)
         self.offload = Offload(self.parts, blueprint.kinds, plan, mapped, streams)
         self.compiled = self._compile() if plan.compile else {}
@@ -125,33 +134,44 @@ class NativePipeline:
         """Where a component's weights are loaded to."""
         return self.plan.device if self.plan.offload[key] == "resident" else CPU
 
-    def _fill(self, key: str, *, must_pin: bool) -> Sequence[Source]:
+    def _uploads(self, key: str) -> CudaStreams | None:
+        """What a component's weights are uploaded through."""
+        home = self._home(key)
+        return CudaStreams(home) if home.type == "cuda" else None
+
+    def _component_load(self, started: float, times: LoadTimes, *, is_mapped: bool = False) -> ComponentLoad:
+        weights: Literal["read", "mapped", "dummy"] = "mapped" if is_mapped else "read"
+        wall_ms = (time.perf_counter() - started) * 1000
+        return ComponentLoad(weights="dummy" if self.folders is None else weights, wall_ms=wall_ms, **asdict(times))
+
+    def _fill(self, key: str, *, must_pin: bool) -> tuple[LoadTimes, Sequence[Source]]:
         """Loads a module's weights, or finds them in their files where host memory has no room for a copy."""
         module, home, dtype = self.parts[key], self._home(key), self.plan.dtypes[key]
         if self.folders is None:
             fill_dummy(module, home, dtype, drawn_on=self.plan.device)
-            return ()
+            return LoadTimes(), ()
         files = weight_files(self.folders[key])
         if self.plan.offload[key] == "resident" or fits_host_memory(module, dtype):
-            load_weights(module, files, home, dtype)
-            return ()
+            return load_weights(module, files, home, dtype, self._uploads(key)), ()
         if must_pin:
             raise UserError(f"pin_cpu_memory=true: host memory has no room for {key}; left out, it stays in its files")
         found = find_weights(module, files)
         module.to(dtype).to_empty(device=CPU)  # takes no memory before it is written to
-        return found
+        return LoadTimes(), found
 
-    def _encoder(self, key: str) -> Any:
+    def _encoder(self, key: str) -> tuple[LoadTimes, Any]:
         home, dtype, requested = self._home(key), self.plan.dtypes[key], self.plan.attention[key]
         config = self.blueprint.configs[key]
         encoder: Any
+        times = LoadTimes()
         if self.folders is None:
             encoder = dummy_encoder(key, config, home, dtype, requested)
             fill_dummy(encoder, home, dtype, drawn_on=self.plan.device)
         else:
-            encoder = load_encoder(key, config, self.folders[key], home, dtype, requested)
+            folder, streams = self.folders[key], self._uploads(key)
+            times, encoder = load_encoder(key, config, folder, home, dtype, requested, streams)
         self.encoder_attention[key] = str(encoder.config._attn_implementation)
-        return encoder.eval().requires_grad_(False)
+        return times, encoder.eval().requires_grad_(False)
 
     def _tokenizer(self, key: str) -> Any:
         if self.folders is not None:

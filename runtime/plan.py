@@ -20,10 +20,13 @@ COMPONENT_OFFLOAD = {
     "vae_cpu_offload": "vae",
 }
 AUTO_TILING_PIXELS = 4 * 1024 * 1024  # above this a whole decode needs more than ten gigabytes in fp32
-ACTIVATION_RESERVE = 4 * 1024**3  # bytes of the device left to everything but weights
+PREDICTION_ERROR = 0.05  # of memory; what it is held to
 
 Residency = Literal["resident", "component", "layerwise"]
 """Where weights live: on the device; on the host but for their stage; on the host but for the layers at work."""
+
+ChooseOffload = Callable[["Plan", Mapping[str, Mapping[str, Residency]]], tuple[str, Mapping[str, Any]]]
+"""Which of the ways to hold weights by name, the fastest first, and the numbers that led there."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -56,13 +59,14 @@ def make_plan(
     kinds: Mapping[str, str],
     *,
     native: bool = True,
-    weight_bytes: Callable[[Plan], Mapping[str, int]] | None = None,
+    choose_offload: ChooseOffload | None = None,
 ) -> Plan:
     """The plan for a pipeline whose components have these kinds (`denoiser`, `vae`, `text_encoder`, ...).
 
     Args:
         native: False for the diffusers backend, which keeps its components on the device.
-        weight_bytes: size of every component; without it, weights are taken to fit the device.
+        choose_offload: is asked on a GPU where performance_mode=auto has to choose; without it, weights are taken
+            to fit.
     Raises:
         UserError: a device that is not there, a list of precisions of the wrong length, an unknown component,
             offload where it has no effect.
@@ -114,9 +118,10 @@ def make_plan(
     if native and device.type == "cuda":
         if args.performance_mode == "memory":
             offload = {k: asked.get(k, "component") for k in holders}
-        elif args.performance_mode == "auto" and weight_bytes is not None:
-            free, _ = torch.cuda.mem_get_info(device)
-            offload = residency_that_fits(weight_bytes(plan), holders, free, ACTIVATION_RESERVE, asked)
+        elif args.performance_mode == "auto" and choose_offload is not None:
+            ways = ways_to_hold(holders, asked, layerwise=not args.enable_torch_compile)
+            way, chosen["offload_numbers"] = choose_offload(plan, ways)
+            offload = ways[way]
     if by_mode := {k: place for k, place in offload.items() if place != plan.offload[k]}:
         chosen["offload"] = by_mode
     _check_offload_effects(args, holders, offload)
@@ -154,47 +159,32 @@ def _asked_offload(
     return asked
 
 
-def residency_that_fits(
-    sizes: Mapping[str, int],
-    kinds: Mapping[str, str],
-    free: int,
-    reserve: int,
-    asked: Mapping[str, Residency] | None = None,
-) -> dict[str, Residency]:
-    """The fastest way to hold weights of these sizes on a device: everything resident, or text encoders there for their
-    stage only, or the denoiser too, or the denoiser layer by layer, which is also the answer if nothing fits.
+def ways_to_hold(
+    kinds: Mapping[str, str], asked: Mapping[str, Residency], *, layerwise: bool = True
+) -> dict[str, Mapping[str, Residency]]:
+    """Ways to hold the weights of components of these kinds, the fastest first, by name.
 
     Args:
-        sizes, kinds: by component; bytes.
-        free, reserve: bytes of the device, and how many of them are for activations.
         asked: components that are settled.
+        layerwise: layers may come one by one.
     """
-    encoders: dict[str, Residency] = {k: "component" for k in sizes if kinds[k] == "text_encoder"}
-    denoisers = [k for k in sizes if kinds[k] == "denoiser"]
-    whole: dict[str, Residency] = dict.fromkeys(denoisers, "component")
-    layers: dict[str, Residency] = dict.fromkeys(denoisers, "layerwise")
-    residency: dict[str, Residency] = {}
-    for way in ({}, encoders, encoders | whole, encoders | layers):
-        settled = way | dict(asked or {})
-        residency = {k: settled.get(k, "resident") for k in sizes}
-        if _largest_stage(sizes, kinds, residency, reserve) <= free:
-            break
-    return residency
+    encoders: dict[str, Residency] = {k: "component" for k, kind in kinds.items() if kind == "text_encoder"}
+    denoisers = [k for k, kind in kinds.items() if kind == "denoiser"]
+    whole: dict[str, Residency] = encoders | dict.fromkeys(denoisers, "component")
+    layers: dict[str, Residency] = encoders | dict.fromkeys(denoisers, "layerwise")
+    named = {"resident": {}, "text encoders offloaded": encoders, "denoiser offloaded too": whole}
+    ways: dict[str, Mapping[str, Residency]] = {}
+    for name, way in (named | ({"denoiser layer by layer": layers} if layerwise else {})).items():
+        settled = way | dict(asked)
+        if (offload := {k: settled.get(k, "resident") for k in kinds}) not in ways.values():
+            ways[name] = offload
+    return ways
 
 
-def _largest_stage(
-    sizes: Mapping[str, int], kinds: Mapping[str, str], residency: Mapping[str, Residency], reserve: int
-) -> float:
-    """Bytes on the device while it holds the most.
-
-    An encoding's activations are small: an eighth of the reserve. The few layers that a layerwise component has on the
-    device at once are the reserve's too.
-    """
-    stages: dict[str, float] = {kind: reserve / 8 if kind == "text_encoder" else reserve for kind in kinds.values()}
-    for k, size in sizes.items():
-        if residency[k] == "component":
-            stages[kinds[k]] += size
-    return max(stages.values()) + sum(size for k, size in sizes.items() if residency[k] == "resident")
+def first_that_fits(needed: Mapping[str, int], available: int) -> str:
+    """The first way whose bytes fit, were it predicted too low; else the one that needs the least."""
+    fitting = (way for way, size in needed.items() if size * (1 + PREDICTION_ERROR) <= available)
+    return next(fitting, min(needed, key=lambda way: needed[way]))
 
 
 def _offload_flags(args: ServerArgs) -> list[str]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,14 @@ from typing import Any
 from sgl_diffusion.models.catalog import FAMILIES
 from sgl_diffusion.models.config import ConfigError
 from sgl_diffusion.models.family import Defaults, Family
-from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.blueprint import Blueprint
 from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.plan import Plan, make_plan
+from sgl_diffusion.runtime.memory import MemoryPlanner
+from sgl_diffusion.runtime.plan import Plan, Residency, make_plan
+from sgl_diffusion.runtime.rehearsal import Rehearsal
+from sgl_diffusion.runtime.request import Request, resolve_request
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Resolved:
         why: the reason for that backend.
         blueprint: of the native pipeline, if the family has one; dummy weights for diffusers' are shaped by it as well.
         checkpoint: where the weights are; None for dummies of a preset.
+        memory: of the native pipeline.
         dummy: weights are random, whatever the checkpoint holds.
     """
 
@@ -40,6 +44,7 @@ class Resolved:
     kinds: Mapping[str, str]
     plan: Plan
     blueprint: Blueprint | None
+    memory: MemoryPlanner | None
     checkpoint: Checkpoint | None
     dummy: bool
 
@@ -53,13 +58,17 @@ class Resolved:
         return self.checkpoint.sampling_defaults if self.checkpoint else {}
 
 
-def resolve(args: ServerArgs) -> Resolved:
+def resolve(args: ServerArgs, requests: Sequence[SamplingParams] = ()) -> Resolved:
     """Finds the model the arguments name, and who can run it.
 
+    Args:
+        requests: what has to fit a GPU beside the weights that performance_mode=auto leaves there; a picture of default
+            size where nothing is known.
     Raises:
         UserError: it cannot be found or read, or not be run as asked.
     """
-    return _resolve_dummy(args) if args.load_format == "dummy" else _resolve_checkpoint(args)
+    requests = requests or [SamplingParams(prompt=["a picture"])]
+    return _resolve_dummy(args, requests) if args.load_format == "dummy" else _resolve_checkpoint(args, requests)
 
 
 def presets() -> list[str]:
@@ -67,28 +76,29 @@ def presets() -> list[str]:
     return [name for pipeline_class in FAMILIES for name in _family(pipeline_class).presets()]
 
 
-def _resolve_checkpoint(args: ServerArgs) -> Resolved:
+def _resolve_checkpoint(args: ServerArgs, requests: Sequence[SamplingParams]) -> Resolved:
     checkpoint = open_checkpoint(args.model_path, args.revision, args.component_paths)
     pipeline_class = args.pipeline_class_name or checkpoint.pipeline_class
     refused = _refusal(args, pipeline_class)
     if refused is None:
         try:
-            blueprint = _native_blueprint(checkpoint, args, pipeline_class)
+            memory = _native_memory(checkpoint, args, pipeline_class, requests)
         except ConfigError as e:
             refused = str(e)
         else:
-            kinds, plan = blueprint.family.components(), blueprint.plan
-            return Resolved(pipeline_class, True, "native family", kinds, plan, blueprint, checkpoint, dummy=False)
+            blueprint = memory.blueprint
+            kinds, plan, why = blueprint.kinds, blueprint.plan, "native family"
+            return Resolved(pipeline_class, True, why, kinds, plan, blueprint, memory, checkpoint, dummy=False)
     if args.backend == "sglang":
         raise UserError(f"backend=sglang: {refused}; --backend diffusers can run it")
     if args.model_id is not None:
         raise UserError(f"model_id={args.model_id}: lends native defaults; has no effect here ({refused})")
     kinds = checkpoint.kinds()
     plan = make_plan(args, kinds, native=False)
-    return Resolved(pipeline_class, False, refused, kinds, plan, None, checkpoint, dummy=False)
+    return Resolved(pipeline_class, False, refused, kinds, plan, None, None, checkpoint, dummy=False)
 
 
-def _resolve_dummy(args: ServerArgs) -> Resolved:
+def _resolve_dummy(args: ServerArgs, requests: Sequence[SamplingParams]) -> Resolved:
     """Random weights at true shape, from a preset's configs or those of a local folder."""
     name, why = args.model_id or args.model_path, f"dummy weights of {args.model_id or args.model_path}"
     pipeline_class = next((c for c in FAMILIES if name in _family(c).presets()), None)
@@ -110,10 +120,14 @@ def _resolve_dummy(args: ServerArgs) -> Resolved:
         raise UserError(f"model_path={name}: load_format=dummy needs a config folder or one of {', '.join(presets())}")
     native, kinds = args.backend != "diffusers", family.components()
     try:
-        blueprint = _blueprint(args, family, configs, defaults, native=native)
+        sampling_defaults = checkpoint.sampling_defaults if checkpoint else {}
+        asked = [resolve_request(params, sampling_defaults, args) for params in requests]
+        memory = _plan(args, family, configs, defaults, asked, native=native)
     except ConfigError as e:
         raise UserError(f"load_format=dummy: {e}") from e
-    return Resolved(pipeline_class, native, why, kinds, blueprint.plan, blueprint, checkpoint, dummy=True)
+    plan, blueprint = memory.plan, memory.blueprint
+    planned = memory if native else None
+    return Resolved(pipeline_class, native, why, kinds, plan, blueprint, planned, checkpoint, dummy=True)
 
 
 def _refusal(args: ServerArgs, pipeline_class: str) -> str | None:
@@ -129,7 +143,9 @@ def _refusal(args: ServerArgs, pipeline_class: str) -> str | None:
     return None
 
 
-def _native_blueprint(checkpoint: Checkpoint, args: ServerArgs, pipeline_class: str) -> Blueprint:
+def _native_memory(
+    checkpoint: Checkpoint, args: ServerArgs, pipeline_class: str, requests: Sequence[SamplingParams]
+) -> MemoryPlanner:
     family = _family(pipeline_class)
     kinds = family.components()
     if missing := [k for k in kinds if k not in checkpoint.folders]:
@@ -138,32 +154,39 @@ def _native_blueprint(checkpoint: Checkpoint, args: ServerArgs, pipeline_class: 
     preset = family.presets().get(args.model_id or "")
     if args.model_id is not None and preset is None:
         raise UserError(f"model_id={args.model_id}: expected one of {', '.join(family.presets())}")
-    return _blueprint(args, family, configs, preset.defaults if preset else family.defaults(configs), native=True)
+    defaults = preset.defaults if preset else family.defaults(configs)
+    asked = [resolve_request(params, checkpoint.sampling_defaults, args) for params in requests]
+    return _plan(args, family, configs, defaults, asked, native=True)
 
 
-def _blueprint(
+def _plan(
     args: ServerArgs,
     family: type[Family],
     configs: Mapping[str, Mapping[str, Any]],
     defaults: Defaults,
+    requests: Sequence[Request],
     *,
     native: bool,
-) -> Blueprint:
-    """Raises ConfigError if the native family does not understand a config."""
+) -> MemoryPlanner:
+    """The planner holds the blueprint. Raises ConfigError if the native family does not understand a config."""
     vae_options = {
         "tile_height": args.vae_config.tile_sample_min_height,
         "tile_width": args.vae_config.tile_sample_min_width,
         "with_encoder": args.vae_config.load_encoder,
     }
+    rehearsal: Rehearsal | None = None
 
-    def weight_bytes(plan: Plan) -> Mapping[str, int]:
-        return Blueprint(family, configs, defaults, plan, vae_options).weight_bytes()
+    def choose_offload(plan: Plan, ways: Mapping[str, Mapping[str, Residency]]) -> tuple[str, Mapping[str, Any]]:
+        nonlocal rehearsal
+        memory = MemoryPlanner(Blueprint(family, configs, defaults, plan, vae_options), args)
+        rehearsal = memory.rehearsal
+        return memory.choose_offload(ways, [rehearsal.workload(request) for request in requests])
 
-    plan = make_plan(args, family.components(), native=native, weight_bytes=weight_bytes)
+    plan = make_plan(args, family.components(), native=native, choose_offload=choose_offload)
     blueprint = Blueprint(family, configs, defaults, plan, vae_options)
     if native:
         blueprint.check()
-    return blueprint
+    return MemoryPlanner(blueprint, args, rehearsal)
 
 
 def _family(pipeline_class: str) -> type[Family]:

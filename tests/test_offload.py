@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
@@ -16,19 +14,17 @@ import torch
 from tiny_checkpoints import build_flux
 from torch import Tensor, nn
 
-from sgl_diffusion.cli import generate
-from sgl_diffusion.cli.flags import Parser, parse_command_line
 from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.models.family import Condition, Guidance, Size
+from sgl_diffusion.models.qwen_image import QwenImage
 from sgl_diffusion.models.wan import Wan
 from sgl_diffusion.runtime import offload
-from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, parse_args
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import StepDone
 from sgl_diffusion.runtime.offload import Offloaded
 from sgl_diffusion.runtime.pipeline import NativePipeline
-from sgl_diffusion.runtime.plan import make_plan, residency_that_fits
 from sgl_diffusion.runtime.request import resolve_request
 from sgl_diffusion.runtime.resolve import resolve
 from sgl_diffusion.runtime.trace import Stopwatch
@@ -206,7 +202,8 @@ def test_weights_stay_in_their_files_where_host_memory_is_short(
     assert isinstance(engine.backend, NativePipeline)
     for key in ("transformer", "vae"):  # nothing holds a copy, and nothing could be read by mistake
         assert all(p.isnan().all() and storage(p) for p in engine.backend.parts[key].parameters())
-        assert engine.backend.offload.report(STEPS)[key]["host"] == "mapped files"
+        told = engine.backend.offload.report(STEPS)[key]
+        assert told["host"] == "mapped files" and told["mapped_bytes"] > told["pinned_bytes"] == told["host_bytes"] == 0
     with pytest.raises(UserError, match="pin_cpu_memory=true: host memory has no room for transformer"):
         load(flux, StandIn(), {"transformer": "layerwise"}, pin=True)
 
@@ -224,24 +221,66 @@ def test_dummy_weights_are_the_same_offloaded(flux: Path) -> None:
     assert same(drawn(load(flux, StandIn(), places, **args), REQUESTS[0]), drawn(resident, REQUESTS[0]))
 
 
-def test_a_family_that_reads_its_layers_before_the_loop() -> None:
-    """Wan's blocks read the text once a request, before the first step: each has its weights then, too."""
-    small = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 3, "ffn_dim": 96, "text_dim": 40}
-    config = next(iter(Wan.presets().values())).components["transformer"] | small
+WAN = {"num_attention_heads": 2, "attention_head_dim": 32, "num_layers": 3, "ffn_dim": 96, "text_dim": 40}
+QWEN = {"num_attention_heads": 2, "attention_head_dim": 128, "num_layers": 3, "joint_attention_dim": 40}
+
+
+@pytest.mark.parametrize(("family", "small", "share"), [(Wan, WAN, 0.8), (QwenImage, QWEN, 0.6)])
+def test_families_that_work_before_the_loop(family: Any, small: dict[str, Any], share: float) -> None:
+    """Wan's blocks read the text once a request, before the first step; Qwen-Image's modulation is computed then."""
+    config = next(iter(family.presets().values())).components["transformer"] | small
     with torch.device("meta"):
-        module = Wan.build("transformer", config, attention, {})
+        module = family.build("transformer", config, attention, {})
     fill_dummy(module.requires_grad_(False), CPU, torch.float32)
-    family, condition = Wan({"transformer": module}), Condition({"encoder_hidden_states": torch.ones(1, 5, 40)})
+    model, size = family({"transformer": module}), Size(32, 32, 5 if family is Wan else 1)
+    condition = Condition({"encoder_hidden_states": torch.ones(1, 5, 40)})
 
     def velocity() -> Tensor:
-        x = family.noise(Size(32, 32, 5), [torch.Generator().manual_seed(1)])
-        return family.predictor(condition, Size(32, 32, 5), Guidance(None), (1.0, 0.0))(x, 0)
+        x = model.noise(size, [torch.Generator().manual_seed(1)])
+        return model.predictor(condition, size, Guidance(None), (1.0, 0.0))(x, 0)
 
     resident = velocity()
     component = Offloaded("transformer", module, StandIn(), prefetch=0.0, cyclic=True, pin=True)
     with component.on_device():
         assert torch.equal(velocity(), resident)
-    assert component.report(steps=1)["late_layers"] == 0
+    told = component.report(steps=1)
+    assert (told["late_layers"], told["layers"]) == (0, 3)
+    # two of three blocks; with Qwen-Image's modulation, which is half as large as all of them, it would be 0.78
+    assert told["device_bytes"] < share * told["host_bytes"]
+
+
+def test_what_works_before_the_first_step_leaves_with_it(flux: Path) -> None:
+    streams = StandIn()
+    engine = load(flux, streams, {"transformer": "layerwise"})
+    assert isinstance(engine.backend, NativePipeline)
+    denoiser = engine.backend.parts["transformer"]
+    blocks = [*denoiser.transformer_blocks, *denoiser.single_transformer_blocks]
+    early = [p for name in denoiser.before_first_step for p in denoiser.get_submodule(name).parameters()]
+    assert sum(p.nbytes for p in early) > 0.2 * sum(p.nbytes for p in denoiser.parameters())
+    present: dict[str, list[bool]] = {"before": [], "steps": []}
+
+    def note(when: str) -> None:
+        present[when].append(any(storage(p) in map(storage, streams.spaces) for p in early))
+
+    for layer in denoiser.modulation.slices:
+        layer.register_forward_hook(lambda *_: note("before"))
+    for block in blocks:
+        block.register_forward_hook(lambda *_: note("steps"))
+    drawn(engine, REQUESTS[0])
+    assert all(present["before"]) and len(present["before"]) == len(denoiser.modulation.slices) > 1
+    assert not any(present["steps"]) and len(present["steps"]) == STEPS * len(blocks)
+
+    told = engine.backend.offload.report(STEPS)["transformer"]
+    largest = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
+    stem = sum(p.nbytes for p in (*denoiser.x_embedder.parameters(), *denoiser.proj_out.parameters()))
+    assert told["device_bytes"] == pytest.approx(stem + 2 * largest, rel=0.05)
+    taken = sum(space.numel() for space in streams.spaces)
+    assert taken == told["device_bytes"] == engine.backend.memory.weights["transformer"].at_work
+    assert told["late_layers"] == 0
+    once = told["copied_bytes"] - STEPS * told["copied_bytes_per_step"]
+    assert once >= stem + sum(p.nbytes for p in early)
+    drawn(engine, REQUESTS[1])  # a negative prompt's branch begins anew with the first of them
+    assert engine.backend.offload.report(STEPS)["transformer"]["late_layers"] == 1
 
 
 # -- order ------------------------------------------------------------------------------
@@ -405,157 +444,3 @@ def test_graphs_need_weights_with_an_address(flux: Path) -> None:
     moving = {"offloaded weights have no fixed address": 1}
     assert told["denoising"]["eager"] == told["decoding"]["eager"] == moving
     assert told["text_encoding"]["eager"] == {"this shape was not warmed up": 2}
-
-
-# -- flags --------------------------------------------------------------------------------
-
-KINDS = {
-    "transformer": "denoiser",
-    "vae": "vae",
-    "text_encoder": "text_encoder",
-    "text_encoder_2": "text_encoder",
-    "tokenizer": "tokenizer",
-    "scheduler": "scheduler",
-}
-GIGABYTE = 10**9
-SIZES = {
-    "transformer": 24 * GIGABYTE,
-    "vae": GIGABYTE // 5,
-    "text_encoder": GIGABYTE // 4,
-    "text_encoder_2": 10 * GIGABYTE,
-}
-
-
-@pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """PyTorch answers as if there were a GPU; `gpu(bytes)` sets its free memory."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-
-    def free(size: int) -> None:
-        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (size, size))
-
-    free(100 * GIGABYTE)
-    return free
-
-
-def parse(words: str) -> ServerArgs:
-    parser = Parser(allow_abbrev=False)
-    generate.add_arguments(parser)
-    return parse_args(parse_command_line(parser, words.split()))[0]
-
-
-@pytest.mark.parametrize(
-    ("words", "places"),
-    [
-        ("", {}),
-        ("--mode memory", dict.fromkeys(WEIGHTS, "component")),
-        ("--mode memory --vae-cpu-offload false", dict.fromkeys(WEIGHTS, "component") | {"vae": "resident"}),
-        ("--mode memory --dit-layerwise-offload", dict.fromkeys(WEIGHTS, "component") | {"transformer": "layerwise"}),
-        ("--mode speed --text-encoder-cpu-offload", dict.fromkeys(WEIGHTS[2:], "component")),
-        ("--mode manual --dit-cpu-offload", {"transformer": "component"}),
-        ("--layerwise-offload-components vae text_encoder_2", {"vae": "layerwise", "text_encoder_2": "layerwise"}),
-        ("--layerwise-offload-modules all", dict.fromkeys(WEIGHTS, "layerwise")),
-    ],
-)
-def test_flags_win_over_the_mode(gpu: Any, words: str, places: dict[str, str]) -> None:
-    plan = make_plan(parse(words), KINDS, weight_bytes=lambda plan: SIZES)
-    assert plan.offload == dict.fromkeys(WEIGHTS, "resident") | places
-    assert plan.pin_memory
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ("--image-encoder-cpu-offload", "image_encoder_cpu_offload=true: this pipeline has no image encoder"),
-        ("--dit-cpu-offload --dit-layerwise-offload", "transformer: asked to be offloaded both whole and layer by"),
-        ("--layerwise-offload-components vea", "layerwise_offload_components=vea: expected all or any of transformer,"),
-        ("--layerwise-offload-components vea", "did you mean vae?"),
-        ("--dit-offload-prefetch-size 2", "dit_offload_prefetch_size=2: no effect without --dit-layerwise-offload"),
-        ("--dit-offload-prefetch-size 2.5 --dit-layerwise-offload", "dit_offload_prefetch_size=2.5: expected 0, a"),
-        ("--dit-offload-prefetch-size -1 --dit-layerwise-offload", "dit_offload_prefetch_size=-1: must be at least 0"),
-        ("--pin-cpu-memory", "pin_cpu_memory=true: no effect: no component is offloaded"),
-        ("--enable-torch-compile --dit-layerwise-offload", "enable_torch_compile=true: not with the layerwise offload"),
-    ],
-)  # fmt: skip
-def test_offload_without_effect_is_an_error(gpu: Any, words: str, told: str) -> None:
-    with pytest.raises(UserError) as caught:
-        make_plan(parse(words), KINDS)
-    assert told in str(caught.value) and "\n" not in str(caught.value)
-
-
-def test_the_diffusers_backend_has_no_offload(gpu: Any) -> None:
-    with pytest.raises(UserError, match="vae_cpu_offload=true: the diffusers backend has no offload"):
-        make_plan(parse("--vae-cpu-offload"), KINDS, native=False)
-    assert set(make_plan(parse("--mode memory"), KINDS, native=False).offload.values()) == {"resident"}
-
-
-@pytest.mark.parametrize(
-    ("free", "places"),
-    [
-        (80, {}),
-        (36, {"text_encoder": "component", "text_encoder_2": "component"}),
-        (30, {"text_encoder": "component", "text_encoder_2": "component", "transformer": "component"}),
-        (16, {"text_encoder": "component", "text_encoder_2": "component", "transformer": "layerwise"}),
-        (1, {"text_encoder": "component", "text_encoder_2": "component", "transformer": "layerwise"}),
-    ],
-)
-def test_auto_offloads_as_much_as_it_has_to(gpu: Any, free: int, places: dict[str, str]) -> None:
-    reserve = 4 * GIGABYTE
-    assert residency_that_fits(SIZES, KINDS, free * GIGABYTE, reserve) == dict.fromkeys(SIZES, "resident") | places
-    kept = residency_that_fits(SIZES, KINDS, free * GIGABYTE, reserve, {"transformer": "resident"})
-    assert kept["transformer"] == "resident"
-    gpu(free * GIGABYTE)
-    plan = make_plan(parse(""), KINDS, weight_bytes=lambda plan: SIZES)
-    assert plan.offload == dict.fromkeys(SIZES, "resident") | places
-    assert plan.chosen == {"vae_tiling": "by size"} | ({"offload": places} if places else {})
-
-
-def test_the_report_names_what_the_mode_chose(gpu: Any, flux: Path) -> None:
-    plan = make_plan(parse("--mode memory --vae-cpu-offload --vae-slicing false"), KINDS)
-    components = ("transformer", "text_encoder", "text_encoder_2")
-    assert plan.chosen == {"vae_tiling": True, "offload": dict.fromkeys(components, "component")}
-    engine = Engine.load(ServerArgs(model_path=str(flux), device="cpu", performance_mode="memory"))
-    params = SamplingParams(prompt=["a cross"], height=64, width=64, num_inference_steps=1, save_output=False)
-    told = engine.run(params).report.effective["performance_mode"]
-    assert told == {"mode": "memory", "chose": {"vae_tiling": True, "vae_slicing": True}}
-
-
-def test_auto_knows_the_size_of_a_checkpoint(gpu: Any, flux: Path) -> None:
-    """Before any of its weights are read."""
-    gpu(0)
-    plan = resolve(ServerArgs(model_path=str(flux), device="cuda")).plan
-    assert plan.offload["transformer"] == "layerwise" and plan.offload["text_encoder"] == "component"
-    model = resolve(ServerArgs(model_path=str(flux), device="cpu"))
-    loaded = Engine.load(ServerArgs(model_path=str(flux), device="cpu")).backend
-    assert model.blueprint is not None and isinstance(loaded, NativePipeline)
-    sizes = {key: sum(p.nbytes for p in loaded.parts[key].parameters()) for key in WEIGHTS}
-    assert model.blueprint.weight_bytes() == sizes
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        ("--text-encoder-cpu-offload", "text_encoder_cpu_offload=true"),
-        ("--layerwise-offload-components vae transformer", "layerwise_offload_components=vae transformer"),
-        ("--dit-layerwise-offload --dit-offload-prefetch-size 2", "dit_layerwise_offload=true"),
-        ("--dit-offload-prefetch-size 0", "dit_offload_prefetch_size=0.0"),
-        ("--pin-cpu-memory", "pin_cpu_memory=true"),
-    ],
-)
-def test_a_cpu_has_nothing_to_offload(words: str, told: str) -> None:
-    with pytest.raises(UserError) as caught:
-        make_plan(parse(f"--device cpu {words}"), KINDS)
-    assert str(caught.value) == f"{told}: on a CPU there is nothing to offload"
-    accepted = make_plan(parse("--device cpu --mode memory --vae-cpu-offload false"), KINDS)
-    assert set(accepted.offload.values()) == {"resident"}
-
-
-def test_the_command_line_refuses_before_any_work(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sgl_diffusion.cli.main", "generate", "--prompt", "x", "--device", "cpu"]
-    command += ["--dit-cpu-offload"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 2
-    (line,) = done.stderr.strip().splitlines()
-    assert line.endswith("dit_cpu_offload=true: on a CPU there is nothing to offload")
-    assert not list(tmp_path.iterdir())

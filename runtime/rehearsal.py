@@ -1,0 +1,213 @@
+"""A request rehearsed: its stages as the pipeline runs them, on tensors that are shapes alone.
+
+Whatever it makes is followed until nothing holds it any more, so that a prediction follows the code that runs, and no
+formula has to be kept in step with it. Where weights live changes nothing here: one rehearsal serves every offload.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from sgl_diffusion.kernels.launch import rehearsing
+from sgl_diffusion.models.family import Condition, Execute, Family, Guidance, Size, Tensors, eager
+from sgl_diffusion.models.text import HashTokenizer
+from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.blueprint import Blueprint
+from sgl_diffusion.runtime.denoise import euler
+from sgl_diffusion.runtime.graphs import Graphs
+from sgl_diffusion.runtime.live_bytes import LiveBytes
+from sgl_diffusion.runtime.request import Request, settle
+from sgl_diffusion.runtime.tape import Tapes
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What of a request its memory depends on."""
+
+    prompts: int
+    outputs_per_prompt: int
+    negative: bool
+    size: Size
+    guidance: Guidance = field(compare=False)
+    steps: int
+    text_length: int
+    decode_only: bool  # the latents are there already
+
+    @property
+    def pictures(self) -> int:
+        return self.prompts * self.outputs_per_prompt
+
+    @classmethod
+    def of(
+        cls,
+        request: Request,
+        size: Size,
+        guidance: Guidance,
+        steps: int,
+        text_length: int,
+        *,
+        decode_only: bool = False,
+    ) -> Workload:
+        prompts, negative = len(request.prompts), request.negative_prompt is not None
+        return cls(prompts, request.outputs_per_prompt, negative, size, guidance, steps, text_length, decode_only)
+
+
+class FusedAttention(TorchFunctionMode):
+    """PyTorch's attention on shapes alone as its fused kernels do it: a result with heads last and fp32 log-sums.
+
+    Without this, shapes would go through a matrix of all scores.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        q, _, v = (*args, *(kwargs[name] for name in ("query", "key", "value")[len(args) :]))[:3]
+        # computed as far as a tape can tell, which takes no notice of memory that is only allocated
+        log_sums = q.new_zeros(q.shape[:-1], dtype=torch.float32)
+        out = q.new_zeros(*q.transpose(-3, -2).shape[:-1], v.shape[-1]).transpose(-3, -2)
+        del log_sums
+        return out
+
+
+class OneStep:
+    """Executes the first of equal steps. Those after it are a pure function of the same shapes, whose arguments the
+    loop holds until it has their results: they rise as high above where they begin, and leave tensors of those shapes.
+    """
+
+    def __init__(self, live: LiveBytes) -> None:
+        self.live = live
+        self.rise: int | None = None
+        self.left: list[tuple[torch.Size, torch.dtype]] = []
+
+    def __call__(self, step: Callable[..., Any], *arguments: Tensors) -> tuple[Tensor, ...]:
+        live, began = self.live, self.live.now
+        if self.rise is not None:
+            live.peak = max(live.peak, began + self.rise)
+            return tuple(torch.empty(shape, dtype=dtype, device=live.device_type) for shape, dtype in self.left)
+        before, live.peak = live.peak, began
+        results = eager(step, *arguments)
+        self.rise, live.peak = live.peak - began, max(before, live.peak)
+        self.left = [(x.shape, x.dtype) for x in results]
+        return results
+
+
+class Rehearsal:
+    """Rehearses requests to one model, every one of them once, and what several of them have in common once.
+
+    Args:
+        taped: steps run from a tape, as they do on a CPU. A GPU's graph takes memory beside the allocator's count, but
+            a tape holds tensors, which are followed.
+        granularity: bytes that every tensor's memory is a multiple of.
+    """
+
+    def __init__(self, blueprint: Blueprint, args: ServerArgs, *, taped: bool, granularity: int) -> None:
+        self.blueprint, self.plan = blueprint, blueprint.plan
+        self.taped, self.granularity, self.dummy = taped, granularity, args.load_format == "dummy"
+        self._encoded: dict[Hashable, tuple[int, list[Condition]]] = {}
+        self._drawn: dict[Workload, tuple[dict[str, int], int]] = {}
+        self._decoded: dict[Hashable, tuple[int, int]] = {}
+
+    @cached_property
+    def parts(self) -> dict[str, Any]:
+        """Components as shapes alone; tokenizers that need no file."""
+        configs, kinds = self.blueprint.configs, self.blueprint.kinds
+        tokenizers = {
+            key: HashTokenizer.for_encoder(configs[key.replace("tokenizer", "text_encoder")])
+            for key, kind in kinds.items()
+            if kind == "tokenizer"
+        }
+        parts = self.blueprint.shape_only_parts(self.blueprint.attention_on(self.plan.device))
+        for key, part in parts.items():
+            if kinds[key] == "text_encoder" and self.plan.dtypes[key] == torch.float16 and not self.dummy:
+                _keep_in_fp32(part)
+        return {**tokenizers, **parts}
+
+    @cached_property
+    def family(self) -> Family:
+        return self.blueprint.family(self.parts)
+
+    def workload(self, request: Request, *, decode_only: bool = False) -> Workload:
+        """Of a request to a model that may not be loaded yet. Raises UserError if the model cannot honour it."""
+        settled = settle(request, self.blueprint.defaults, self.family, self.blueprint.scheduler())
+        return Workload.of(request, *settled, decode_only=decode_only)
+
+    def activations(self, work: Workload, tiling: bool) -> Mapping[str, int]:
+        """Bytes of each stage beside the weights, what earlier stages left included."""
+        with torch.inference_mode(), rehearsing(self.plan.device.type), FusedAttention():
+            latents, rise = self._decode(work.size, work.pictures, tiling)
+            before, left = ({}, latents) if work.decode_only else self._draw(work)
+        return before | {"decoding": left + rise}
+
+    def _draw(self, work: Workload) -> tuple[dict[str, int], int]:
+        """Peaks of the stages before a decode, and what is left to it: the latents, and what a tape keeps."""
+        if work not in self._drawn:
+            live, encoding, conditions = self._live(), *self._encode(work)
+            execute: Execute = Graphs(Tapes()) if self.taped else OneStep(live)
+            preparing, denoising, x = self._denoise(work, conditions, execute, live)
+            peaks = {"text_encoding": encoding, "latent_preparation": preparing, "denoising": denoising}
+            self._drawn[work] = peaks, live.now
+        return self._drawn[work]
+
+    def _encode(self, work: Workload) -> tuple[int, list[Condition]]:
+        """The peak and the encoded prompts, which do not depend on the picture's size."""
+        key = work.prompts, work.outputs_per_prompt, work.negative, work.text_length
+        if key not in self._encoded:
+            live, prompts = self._live(), [""] * work.prompts
+            with live.rising():
+                conditions = [
+                    self.family.encode(prompts, work.text_length).repeat(work.outputs_per_prompt)
+                    for _ in range(2 if work.negative else 1)
+                ]
+            self._encoded[key] = live.peak, conditions
+        return self._encoded[key]
+
+    def _denoise(
+        self, work: Workload, conditions: Sequence[Condition], execute: Execute, live: LiveBytes
+    ) -> tuple[int, int, Tensor]:
+        """Peaks of the preparation and of the loop, and the final latents."""
+        sigmas = [1 - i / work.steps for i in range(work.steps + 1)]
+        with live.rising():
+            given = [Condition({k: torch.empty_like(v) for k, v in c.tensors.items()}) for c in conditions]
+            x = self.family.noise(work.size, [torch.Generator()] * work.pictures)
+            predictors = [self.family.predictor(condition, work.size, work.guidance, sigmas) for condition in given]
+        preparing = live.peak
+        with live.rising():
+            negative = predictors[1] if work.negative else None
+            loop = euler(x, sigmas, predictors[0], negative, work.guidance.true_cfg, execute)
+            for _ in range(min(work.steps, 2)):  # the second holds what the first left; so do those that follow
+                step = next(loop)
+        return preparing, live.peak, step.x
+
+    def _decode(self, size: Size, pictures: int, tiling: bool) -> tuple[int, int]:
+        """Bytes of the latents, and how far their decode rises above what is there when it begins."""
+        key = size, pictures, tiling
+        if key not in self._decoded:
+            live, vae = self._live(), self.parts["vae"]
+            vae.tiling, vae.slicing = tiling, self.plan.vae_slicing
+            with live.rising():
+                x = self.family.noise(size, [torch.Generator()] * pictures)
+            latents = live.now
+            with live.rising():
+                self.family.decode(x, size)
+            self._decoded[key] = latents, live.peak - latents
+        return self._decoded[key]
+
+    def _live(self) -> LiveBytes:
+        return LiveBytes("meta", self.granularity)
+
+
+def _keep_in_fp32(encoder: Any) -> None:
+    """What transformers does as it reads a checkpoint in fp16: layers that would overflow stay wide."""
+    kept = encoder._keep_in_fp32_modules or ()
+    for name, module in encoder.named_modules():
+        if name.rpartition(".")[2] in kept:
+            module.float()
