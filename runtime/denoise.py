@@ -1,4 +1,4 @@
-"""The one denoising loop, and the step it takes."""
+"""The one denoising loop, and the steps it takes."""
 
 from __future__ import annotations
 
@@ -10,8 +10,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sgl_diffusion.kernels.linear_combination import linear_combination
 from sgl_diffusion.kernels.sampler import guided_euler_step
 from sgl_diffusion.models.family import Execute, Predictor, Tensors, eager
+from sgl_diffusion.runtime.schedulers import Schedule
+
+
+@dataclass(frozen=True)
+class State:
+    """What goes from step to step: x, and the pictures predicted before it, the latest first."""
+
+    x: Tensor
+    history: tuple[Tensor, ...] = ()
+
+    @classmethod
+    def start(cls, x: Tensor, schedule: Schedule) -> State:
+        """Before the first step. Predictions that are not there yet are zeros, and count nothing."""
+        return cls(x, (torch.zeros_like(x),) * schedule.remembered)
 
 
 @dataclass(frozen=True)
@@ -20,8 +35,12 @@ class Step:
 
     index: int
     sigma: float
-    x: Tensor
+    state: State
     velocity: Tensor
+
+    @property
+    def x(self) -> Tensor:
+        return self.state.x
 
 
 @dataclass(frozen=True)
@@ -48,6 +67,78 @@ class EulerStep:
         return x, guided
 
 
+@dataclass(frozen=True)
+class MultistepStep:
+    """x' = a combination of x, the picture predicted from it, and other tensors: earlier predictions, fresh noise.
+
+    A pure function of tensors on one device. Solvers of any order, at any step, differ in `weights` alone.
+    """
+
+    euler: EulerStep
+
+    def __call__(
+        self,
+        x: Tensor,
+        others: tuple[Tensor, ...],
+        minus_sigma: Tensor,
+        weights: Tensor,
+        scale: Tensor,
+        *branches: Tensors,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The state after the step, the velocity, and the prediction.
+
+        Args:
+            minus_sigma, scale: 0-d in fp32.
+            weights: (2 + number of others,) in fp32.
+            branches: as for Euler's step.
+        """
+        picture, velocity = self.euler(x, minus_sigma, scale, *branches)  # all the way to sigma 0
+        return linear_combination((x, picture, *others), weights), velocity, picture
+
+
+def integrate(
+    state: State,
+    schedule: Schedule,
+    steps: range,
+    positive: Predictor,
+    negative: Predictor | None = None,
+    scale: float = 1.0,
+    noise: Sequence[Tensor] = (),
+    execute: Execute = eager,
+) -> Iterator[Step]:
+    """Takes some steps of a schedule in a row, and gives a `Step` after each; the next range goes on from its state.
+
+    What steps differ in lies on the device before the first: a step moves nothing between host and device.
+
+    Args:
+        positive, negative: with the tensors of these steps, from that of `steps[0]` on.
+        scale: of guidance, with a negative.
+        noise: fresh; `schedule.noises` tensors like x, whatever the range.
+    Raises:
+        ValueError: there are more of them, or fewer.
+    """
+    if len(noise) != schedule.noises:
+        raise ValueError(f"noise: {len(noise)} tensors, expected {schedule.noises}")
+    x, history, device = state.x, state.history, state.x.device
+    euler = EulerStep(positive.call, negative.call if negative else None)
+    multistep = MultistepStep(euler)
+    branches = [branch for branch in (positive, negative) if branch is not None]
+    strength = torch.tensor(scale, dtype=torch.float32, device=device)
+    sigmas = np.array(schedule.sigmas, np.float32)
+    dts = torch.tensor(-sigmas if schedule.weights else np.diff(sigmas), device=device)
+    weights = torch.tensor(schedule.weights, dtype=torch.float32, device=device)
+    for i in steps:
+        inputs = ((branch.steps[i - steps.start], *branch.request) for branch in branches)
+        if schedule.weights:
+            # the last step adds no noise: any tensor of the shape does for it
+            fresh = ((*noise, x)[i],) if schedule.fresh_noise else ()
+            x, velocity, picture = execute(multistep, x, (*history, *fresh), dts[i], weights[i], strength, *inputs)
+            history = (picture, *history)[: len(history)]
+        else:
+            x, velocity = execute(euler, x, dts[i], strength, *inputs)
+        yield Step(i, schedule.sigmas[i + 1], State(x, history), velocity)
+
+
 def euler(
     x: Tensor,
     sigmas: Sequence[float],
@@ -66,4 +157,4 @@ def euler(
     branches = [branch for branch in (positive, negative) if branch is not None]
     for i, after in enumerate(sigmas[1:]):
         x, velocity = execute(step, x, dts[i], strength, *((branch.steps[i], *branch.request) for branch in branches))
-        yield Step(i, after, x, velocity)
+        yield Step(i, after, State(x), velocity)
