@@ -292,7 +292,9 @@ class VideoOptions(Options):
 
     num_frames: int | None = option(None, "Frames of a clip.", ge=1)
     fps: int | None = option(None, "Frames per second of the file.", unset="the model's, or 24", ge=1)
-    image_path: Strings = option([], "Input picture or pictures.", aliases=["image_paths"])
+    image_path: Strings = option(
+        [], "Input picture or pictures: files, http(s) URLs or data URIs.", aliases=["image_paths"]
+    )
 
 
 class DenoisingOptions(Options):
@@ -309,14 +311,21 @@ class OutputOptions(Options):
     output_path: str = option("outputs/", "Folder of the results; made if missing.")
     output_file_name: str | None = option(
         None,
-        "File name; its suffix is the format. Several results get _0, _1 ...",
+        "File name; its suffix is the format: .png, .jpg, .webp; .mp4 (H.264), .mkv (H.265), .webm (VP9), .gif. "
+        "Several results get _0, _1 ...",
         unset="prompt, time, digest",
     )
     save_output: bool = option(True, "Write files. It is on unless switched off.")
     return_frames: bool = option(
         False, "Also write the raw frames, uint8 (F, H, W, 3), as a .npy file beside each result."
     )
-    output_quality: int | None = option(None, "1 to 100, for JPEG, WebP and video.", unset="95, video 75", ge=1, le=100)
+    output_quality: int | None = option(
+        None,
+        "1 to 100, for JPEG, WebP and video. A video's CRF is (100 - quality) % of 51, of .webm 63, and at least 1.",
+        unset="95, video 75",
+        ge=1,
+        le=100,
+    )
     perf_dump_path: str | None = option(
         None,
         "Write the run's report to this JSON file, also if it fails; with shares of what the device can do.",

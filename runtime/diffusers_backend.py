@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 
 from sgl_diffusion.models.family import Size
 from sgl_diffusion.runtime.args import ServerArgs
@@ -20,6 +19,7 @@ from sgl_diffusion.runtime.diffusers_loader import bridge_precisions
 from sgl_diffusion.runtime.encoders import IMPLEMENTATIONS
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Event, StageFinished, StageStarted, StepDone
+from sgl_diffusion.runtime.pictures import read_pictures
 from sgl_diffusion.runtime.pipeline import Pixels
 from sgl_diffusion.runtime.plan import Plan, dtype_name
 from sgl_diffusion.runtime.request import Request
@@ -373,12 +373,7 @@ def _call_arguments(cls: type[Any]) -> dict[str, inspect.Parameter]:
 
 
 def _input_pictures(paths: list[str]) -> Any:
-    pictures = []
-    for path in paths:
-        try:
-            pictures.append(Image.open(path).convert("RGB"))
-        except (OSError, UnidentifiedImageError) as e:
-            raise UserError(f"image_path={path}: not a readable picture: {e}") from e
+    pictures = read_pictures(paths)
     return pictures if len(pictures) > 1 else pictures[0]
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from sgl_diffusion.runtime.args import OutputOptions, SamplingParams, ServerArgs, parse
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.output import METADATA_KEY, whole
+from sgl_diffusion.runtime.files import whole
+from sgl_diffusion.runtime.output import METADATA_KEY
 from sgl_diffusion.runtime.request import Request
 
 TENSOR = "latents"

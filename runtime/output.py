@@ -1,4 +1,4 @@
-"""Pictures and clips -> files. Names are settled before the work begins; a file appears whole or not at all."""
+"""Results -> files: names, which are settled before the work begins, pictures, and what a file tells about itself."""
 
 from __future__ import annotations
 
@@ -8,9 +8,7 @@ import os
 import re
 import tempfile
 import unicodedata
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -22,14 +20,15 @@ from numpy.typing import NDArray
 from PIL import Image, PngImagePlugin, UnidentifiedImageError
 
 from sgl_diffusion.runtime.args import SamplingParams
-from sgl_diffusion.runtime.errors import RunFailure, UserError
+from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.files import whole
 from sgl_diffusion.runtime.request import Request
+from sgl_diffusion.runtime.video import CLIPS, ClipWriter, check_clip, frames_file
 
 if TYPE_CHECKING:
     import torch
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-CLIPS = (".mp4", ".mkv", ".webm", ".gif")
 LOSSLESS = (".png", ".gif")  # formats without a quality to choose
 SLUG_LENGTH = 80
 NAME_BYTES = 255  # the longest file name that common file systems take
@@ -37,7 +36,7 @@ JPEG_NOTE_BYTES = 60_000  # a JPEG segment ends at 64 KiB; the rest is for the o
 METADATA_KEY = "sgl_diffusion"
 EXIF_USER_COMMENT = 0x9286
 EXIF_IFD = 0x8769
-DEFAULT_PICTURE_QUALITY, DEFAULT_CLIP_QUALITY = 95, 75
+DEFAULT_PICTURE_QUALITY = 95
 
 
 @dataclass(frozen=True)
@@ -89,6 +88,9 @@ def _names(params: SamplingParams, request: Request, *, is_video: bool) -> list[
     if params.output_quality is not None and suffix in LOSSLESS:
         others = ", ".join(s for s in allowed if s not in LOSSLESS)
         raise UserError(f"output_quality={params.output_quality}: {suffix} has no quality; use one of {others}")
+    if is_video:
+        sides = [request.given[side] for side in ("height", "width") if side in request.given]
+        check_clip(Path(name), sides, request.given.get("fps"))
     if suffix in (".jpg", ".jpeg"):
         _demand_room_for_prompts(request)
     stem = name[: -len(suffix)]
@@ -134,19 +136,6 @@ def _make_writable(folder: Path) -> None:
         raise UserError(f"output_path={folder}: cannot be written: {why}") from e
 
 
-@contextmanager
-def whole(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write to. It takes the name when the block ends well, and is gone when it does not."""
-    part = path.with_name(f".{uuid.uuid4().hex}{path.suffix}")
-    try:
-        yield part
-        os.replace(part, path)
-    except OSError as e:
-        raise RunFailure(f"{path} cannot be written: {e.strerror or e}") from e
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def save(output: Output, path: Path, metadata: Mapping[str, Any], quality: int | None) -> None:
     """Writes one result in the format of the suffix, with `metadata` inside. The same input gives the same bytes.
 
@@ -156,15 +145,16 @@ def save(output: Output, path: Path, metadata: Mapping[str, Any], quality: int |
     Raises:
         RunFailure: the disk does not take the file.
     """
+    if output.frames is not None:
+        assert output.fps is not None
+        size = (output.frames.shape[1], output.frames.shape[2])
+        with ClipWriter(path, size=size, fps=output.fps, metadata=metadata, quality=quality) as clip:
+            clip.write(output.frames)
+        return
+    assert output.image is not None
     note = json.dumps(dict(metadata), sort_keys=True, default=str, ensure_ascii=False)
     with whole(path) as part:
-        if output.frames is None:
-            assert output.image is not None
-            _write_picture(output.image, part, note, parameters(metadata, output.image.size), quality)
-        elif path.suffix.lower() == ".gif":
-            _write_gif(output.frames, output.fps or 24, part, note)
-        else:
-            _write_clip(output.frames, output.fps or 24, part, note, quality)
+        _write_picture(output.image, part, note, parameters(metadata, output.image.size), quality)
 
 
 def parameters(metadata: Mapping[str, Any], size: tuple[int, int]) -> str:
@@ -191,8 +181,8 @@ def frames_path(path: Path) -> Path:
 def save_frames(output: Output, path: Path) -> Path:
     """Writes the raw frames, uint8 (F, H, W, 3) with F = 1 for a picture, as NumPy's .npy."""
     frames = np.asarray(output.image)[None] if output.frames is None else output.frames
-    with whole(path) as part, part.open("wb") as file:
-        np.save(file, frames)
+    with frames_file(path) as write:
+        write(frames)
     return path
 
 
@@ -223,33 +213,6 @@ def _write_picture(image: Image.Image, path: Path, note: str, shown: str, qualit
         image.save(path, exif=exif, quality=quality, lossless=quality == 100)
     else:
         image.save(path, exif=exif, quality=quality, subsampling=0)
-
-
-def _write_clip(frames: NDArray[np.uint8], fps: int, path: Path, note: str, quality: int | None) -> None:
-    """Encodes frame by frame. One thread and bit-exact flags: threads and build strings would change the bytes."""
-    suffix = path.suffix.lower()
-    height, width = frames.shape[1:3]
-    even = height % 2 == 0 and width % 2 == 0
-    codec, worst = ("libvpx-vp9", 63) if suffix == ".webm" else ("libx264", 51)
-    quality = DEFAULT_CLIP_QUALITY if quality is None else quality
-    with av.open(str(path), "w", container_options={"fflags": "+bitexact"}) as container:
-        container.metadata["comment"] = note
-        stream: Any = container.add_stream(codec, rate=fps)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p" if even else "yuv444p"
-        stream.thread_count = 1
-        crf = round((100 - quality) / 100 * worst)
-        stream.options = {"crf": str(crf), "flags": "+bitexact", **({"b": "0"} if codec == "libvpx-vp9" else {})}
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-
-
-def _write_gif(frames: NDArray[np.uint8], fps: int, path: Path, note: str) -> None:
-    """By Pillow, not FFmpeg: a palette of its own for every frame, and room for the parameters."""
-    ends = [round((i + 1) * 100 / fps) for i in range(len(frames))]  # GIF counts in hundredths of a second
-    durations = [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
-    first, *rest = (Image.fromarray(frame) for frame in frames)
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0, comment=note.encode())
 
 
 def read_metadata(path: Path) -> dict[str, Any] | None:

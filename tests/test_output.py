@@ -18,7 +18,7 @@ from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.output import CLIPS, PICTURES, Output, plan_outputs, read_metadata, request_digest, save
 from sgl_diffusion.runtime.request import Request, resolve_request
 
-FRAMES = np.random.default_rng(0).integers(0, 255, (7, 2, 3, 3), np.uint8).repeat(16, 1).repeat(16, 2)
+FRAMES = np.random.default_rng(0).integers(0, 255, (7, 5, 6, 3), np.uint8).repeat(16, 1).repeat(16, 2)
 PICTURE = Output("a", 1, 0, Image.fromarray(FRAMES[0]), None, None)
 CLIP = Output("a", 1, 0, None, FRAMES, 24)
 
@@ -43,6 +43,11 @@ def plan(folder: Path, *, is_video: bool = False, **sampling: Any) -> tuple[Path
         ({"output_path": "a\0"}, "output_path=a\0: cannot be written"),
         ({"output_path": "x" * 300}, "cannot be written: File name too long"),
         ({"output_file_name": "a.jpg", "prompt": "猫" * 31_000}, "too long to be kept inside a .jpg file"),
+        ({"output_file_name": "a.gif", "fps": 60, "is_video": True}, "fps=60: .gif shows at most 50 frames a second"),
+        (
+            {"output_file_name": "a.mkv", "width": 64, "is_video": True},
+            "a.mkv: .mkv takes frames from 65 pixels a side",
+        ),
     ],
 )
 def test_what_the_disk_or_the_format_refuses(tmp_path: Path, sampling: dict[str, Any], told: str) -> None:
@@ -84,7 +89,7 @@ def test_a_png_tells_its_parameters_to_viewers(tmp_path: Path) -> None:
     save(PICTURE, tmp_path / "a.png", metadata, None)
     with Image.open(tmp_path / "a.png") as picture:
         shown = picture.info["parameters"]
-    assert shown == "a cat\nNegative prompt: dogs\nSteps: 4, Seed: 3, Size: 48x32, Model: m"
+    assert shown == "a cat\nNegative prompt: dogs\nSteps: 4, Seed: 3, Size: 96x80, Model: m"
 
 
 def test_gifs_keep_colours_time_and_parameters(tmp_path: Path) -> None:
