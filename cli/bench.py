@@ -1,4 +1,4 @@
-"""`sglang bench aot|e2e|kernels|launches|tune`: generations timed; kernels checked, timed, counted and tuned."""
+"""`sglang bench aot|e2e|kernels|launches|load|tune|vae`: generations timed; kernels checked, timed and tuned."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ SUBJECTS = {
     "e2e": "time whole generations against diffusers, by turns in one process",
     "kernels": "time every kernel against what it replaces, after checking its answers",
     "launches": "count the launches of one denoiser call at true size, ours against diffusers",
+    "load": "time loading a checkpoint against diffusers, by turns in one process",
     "tune": "time tiles on this GPU and rewrite its table",
+    "vae": "time the decoding of latents against diffusers, by turns in one process",
 }
 
 

@@ -110,17 +110,20 @@ def channel_norm_reference(
         mean_square = wide.square().mean(1, keepdim=True)
     else:
         mean_square = torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_().div_(C)
+    into = out if out is not None and out.dtype == wide.dtype else None
     if eps_in_mean:
-        y = wide * mean_square.add_(eps).rsqrt_()
+        y = torch.mul(wide, mean_square.add_(eps).rsqrt_(), out=into)
     else:
-        y = wide / mean_square.sqrt_().clamp_min_(eps / math.sqrt(C))
+        y = torch.div(wide, mean_square.sqrt_().clamp_min_(eps / math.sqrt(C)), out=into)
     if weight_C is not None:
         y.mul_(launch.widen(weight_C).view(-1, *ones))
     if bias_C is not None:
         y.add_(launch.widen(bias_C).view(-1, *ones))
     if silu:
         F.silu(y, inplace=True)
-    return y.to(x.dtype) if out is None else out.copy_(y)
+    if out is None:
+        return y.to(x.dtype)
+    return out if into is out else out.copy_(y)
 
 
 def eager_channel_norm(

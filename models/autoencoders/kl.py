@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from sgl_diffusion.kernels.group_norm import group_norm
 from sgl_diffusion.kernels.layout import upsample_nearest
+from sgl_diffusion.models.autoencoders.tiles import tiled
 from sgl_diffusion.models.config import demand, read_config
 from sgl_diffusion.models.family import AttentionFn
 
 # B batch  C channels  H, W spatial
 NORM_EPS = 1e-6
-TILE_OVERLAP = 0.25  # share of a tile that is blended with its neighbour
 
 
 @dataclass(frozen=True)
@@ -271,42 +271,10 @@ class AutoencoderKL(nn.Module):
         f = self.config.downsampling
         rows, columns = self.tile[0] // f, self.tile[1] // f
         if self.tiling and (z.shape[2] > rows or z.shape[3] > columns):
-            return self._decode_tiles(z, rows, columns)
+            return tiled(self._decode_whole, z, rows, columns)
         return self._decode_whole(z)
 
     def _decode_whole(self, z: Tensor) -> Tensor:
         if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
         return self.decoder(z)
-
-    def _decode_tiles(self, z: Tensor, rows: int, columns: int) -> Tensor:
-        """Tiles of rows x columns latents; each is blended into the one above and the one to its left."""
-        step = int(rows * (1 - TILE_OVERLAP)), int(columns * (1 - TILE_OVERLAP))
-        blend = int(self.tile[0] * TILE_OVERLAP), int(self.tile[1] * TILE_OVERLAP)
-        keep = self.tile[0] - blend[0], self.tile[1] - blend[1]
-        above: list[Tensor] = []
-        bands = []
-        for top in range(0, z.shape[2], step[0]):
-            row: list[Tensor] = []
-            band = []
-            for i, left in enumerate(range(0, z.shape[3], step[1])):
-                tile = self._decode_whole(z[:, :, top : top + rows, left : left + columns])
-                if above:
-                    _blend(above[i], tile, blend[0], dim=2)
-                if row:
-                    _blend(row[-1], tile, blend[1], dim=3)
-                row.append(tile)
-                band.append(tile[:, :, : keep[0], : keep[1]])
-            above = row
-            bands.append(torch.cat(band, dim=3))
-        return torch.cat(bands, dim=2)
-
-
-def _blend(before: Tensor, tile: Tensor, extent: int, dim: int) -> None:
-    """Fades the first rows or columns of `tile` in from the last ones of `before`, in place."""
-    extent = min(before.shape[dim], tile.shape[dim], extent)
-    shape = [1] * tile.ndim
-    shape[dim] = extent
-    ramp = (torch.arange(extent, device=tile.device, dtype=tile.dtype) / extent).view(shape)
-    head, tail = tile.narrow(dim, 0, extent), before.narrow(dim, before.shape[dim] - extent, extent)
-    head.copy_(tail * (1 - ramp) + head * ramp)
