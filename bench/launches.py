@@ -91,7 +91,7 @@ def on_meta(
         parts = {
             key: family.build(key, preset.components[key], attend, options if kind == "vae" else {}).to(torch.bfloat16)
             for key, kind in kinds.items()
-            if kind in ("denoiser", "vae")
+            if kind in ("denoiser", "vae") and key in preset.components
         }
         pipeline = family({key: parts.get(key) for key in kinds})
         condition = family.example(preset.components)
