@@ -27,7 +27,7 @@ from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.pipeline import NativePipeline
 from sgl_diffusion.runtime.report import MIB, Accounting, Report, StageTime, commit_hash, versions
-from sgl_diffusion.runtime.request import resolve_request
+from sgl_diffusion.runtime.request import resolve_request, spelled_out
 from sgl_diffusion.runtime.resolve import presets
 
 PROMPT = "a red circle left of a blue square on a yellow background"
@@ -154,15 +154,8 @@ def resolved(native: Engine, params: SamplingParams) -> SamplingParams:
     """The request with our defaults written out: diffusers has others, and other lengths and steps are other work."""
     assert isinstance(native.backend, NativePipeline)
     request = resolve_request(params, native.model.sampling_defaults, native.args)
-    size, guidance, steps, text_length = native.backend.prepare(request)
-    ours = {
-        "height": size.height,
-        "width": size.width,
-        "num_inference_steps": steps,
-        "max_sequence_length": text_length,
-        "guidance_scale": guidance.embedded,
-    }
-    return params.model_copy(update={name: value for name, value in ours.items() if value is not None})
+    ours = spelled_out(native.backend.prepare(request), native.backend.family)
+    return params.model_copy(update=ours)
 
 
 def _account(native: Engine, params: SamplingParams, runner: Runner) -> Accounting:
@@ -170,7 +163,7 @@ def _account(native: Engine, params: SamplingParams, runner: Runner) -> Accounti
     stages = [StageTime(name=name, duration_ms=ms) for name, ms in runner.stages().items()]
     request = resolve_request(params, native.model.sampling_defaults, native.args)
     assert isinstance(native.backend, NativePipeline)
-    return native.backend.account(request, stages, runner.total_ms())
+    return native.backend.account(native.backend.prepare(request), stages, runner.total_ms())
 
 
 def _side(name: str, runner: Runner, native: Runner, accounting: Accounting, psnr: float) -> Side:

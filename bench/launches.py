@@ -29,10 +29,12 @@ from sgl_diffusion.bench.absent import GPUS, absent
 from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.kernels.launch import Impl
 from sgl_diffusion.models.catalog import DENOISERS, FAMILIES
-from sgl_diffusion.models.family import Family, Guidance, Predictor, Preset, Size
+from sgl_diffusion.models.family import SETTINGS, Family, Guidance, Predictor, Preset, Size
 from sgl_diffusion.runtime.accounting import FREE
 from sgl_diffusion.runtime.args import nearest
 from sgl_diffusion.runtime.errors import UserError
+
+TIMESTEPS = (1000.0, 500.0)
 
 
 class Launches(TorchDispatchMode):
@@ -93,12 +95,12 @@ def on_meta(
             for key, kind in kinds.items()
             if kind in ("denoiser", "vae") and key in preset.components
         }
-        pipeline = family({key: parts.get(key) for key in kinds})
+        pipeline = family({**{key: parts.get(key) for key in kinds}, SETTINGS: preset.components.get(SETTINGS, {})})
         condition = family.example(preset.components)
     x = pipeline.noise(size, [torch.Generator()])
     guidance = Guidance(preset.defaults.guidance_scale)
     with counted(arch):
-        return pipeline.predictor(condition, size, guidance, [1.0, 0.5, 0.0]), x
+        return pipeline.predictor(condition, size, guidance, TIMESTEPS, "transformer"), x
 
 
 def count_native(family: type[Family], preset: Preset, size: Size, arch: str, attention_impl: Impl) -> Counter[str]:
@@ -158,7 +160,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     args = parser.parse_args(argv)
     family, preset = find(args.model)
     default = preset.defaults
-    size = Size(args.height or default.height, args.width or default.width, default.frames)
+    size = Size(args.height or default.height, args.width or default.width, default.num_frames)
     impl: Impl = "triton" if args.attention == "triton" else "torch"
     ours = count_native(family, preset, size, args.arch, impl)
     theirs = count_diffusers(family, preset, size, args.arch)

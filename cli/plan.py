@@ -46,8 +46,9 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
         report = _measured(server, sampling)
     if file is not None:
         _write(Path(file), report)
-    size = f"{work.size.width}x{work.size.height}"
-    print(f"{server.model_path} on {model.plan.device}: {work.pictures} of {size}, {work.steps} steps")
+    frames = f", {work.size.frames} frames" if work.size.frames > 1 else ""
+    size = f"{work.size.width}x{work.size.height}{frames}"
+    print(f"{server.model_path} on {model.plan.device}: {work.pictures} of {size}, {work.schedule.steps} steps")
     show(Console(highlight=False, markup=False, emoji=False), report)
     if refusal:
         raise UserError(refusal)

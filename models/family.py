@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 AttentionFn = Callable[..., Tensor]
@@ -54,15 +55,28 @@ class Defaults:
     height: int
     width: int
     max_sequence_length: int
-    frames: int = 1
+    num_frames: int = 1
+    fps: int | None = None  # of a clip
+    guidance_scale_2: float | None = None  # of the second denoiser, where there is one; None for that of the first
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Component configs of a published checkpoint, so that it can be built at true size without a download."""
+    """Component configs of a published checkpoint, so that it can be built at true size without a download.
 
-    components: Mapping[str, Mapping[str, Any]]  # component -> config.json
+    `pipeline_class` is its `_class_name` in `model_index.json`.
+    """
+
+    components: Mapping[str, Mapping[str, Any]]  # component -> config.json; SETTINGS -> those of model_index.json
     defaults: Defaults
+    pipeline_class: str
+
+
+ENCODERS = ("text_encoder", "image_encoder")
+"""Kinds of components that are models of transformers."""
+
+SETTINGS = "model_index"
+"""Stands among the component keys for the plain values in `model_index.json`."""
 
 
 @dataclass(frozen=True)
@@ -76,10 +90,23 @@ class Size:
 
 @dataclass(frozen=True)
 class Guidance:
-    """`embedded` is fed to a guidance-distilled model; `true_cfg` > 1 runs a second, negative branch."""
+    """`embedded` is fed to a guidance-distilled model; `true_cfg` > 1 runs a second, negative branch.
+
+    `true_cfg_2` is the strength while a second denoiser works, None for that of the first.
+    """
 
     embedded: float | None
     true_cfg: float = 1.0
+    true_cfg_2: float | None = None
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Consecutive steps that one denoiser (a component's key) takes, with guidance of one strength."""
+
+    denoiser: str
+    steps: range
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -92,13 +119,31 @@ class Condition:
         """Every prompt `times` times in a row."""
         return Condition({k: v.repeat_interleave(times, dim=0) for k, v in self.tensors.items()})
 
+    def __or__(self, other: Condition) -> Condition:
+        """With another's tensors."""
+        return Condition({**self.tensors, **other.tensors})
+
 
 class Family(Protocol):
-    """A family's pipeline: stateless but for its loaded parts. All tensors live on the parts' device."""
+    """A family's pipeline: stateless but for its loaded parts. All tensors live on the parts' device.
+
+    Attributes:
+        draws_video: results are clips.
+        classifier_free: `guidance_scale` is the strength of a negative branch, and an empty negative prompt the
+            default; otherwise it is fed to the model.
+    """
+
+    draws_video: bool
+    classifier_free: bool
 
     @classmethod
     def components(cls) -> Mapping[str, str]:
-        """Component key -> kind: `denoiser`, `vae`, `text_encoder`, `tokenizer` or `scheduler`."""
+        """Component key -> kind: `denoiser`, `vae`, `text_encoder`, `image_encoder`, `tokenizer`, `image_processor` or
+        `scheduler`."""
+
+    @classmethod
+    def optional(cls) -> frozenset[str]:
+        """Keys of those that a checkpoint may lack."""
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:
@@ -118,13 +163,17 @@ class Family(Protocol):
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
         """Defaults of a checkpoint with these component configs."""
 
-    def __init__(self, parts: Mapping[str, Any]) -> None: ...
+    def __init__(self, parts: Mapping[str, Any]) -> None:
+        """`parts` are by component, and the settings of `model_index.json` by SETTINGS."""
 
-    def check(self, size: Size, guidance: Guidance, max_sequence_length: int) -> None:
-        """Raises ValueError for a request this checkpoint cannot honour, naming the field."""
+    def check(self, size: Size, guidance: Guidance, max_sequence_length: int, pictures: int) -> None:
+        """Raises ValueError for a request this checkpoint cannot honour, naming the field; `pictures` are given."""
 
     def encode(self, prompts: Sequence[str], max_sequence_length: int, execute: Execute = eager) -> Condition:
         """Raises PromptTooLong."""
+
+    def encode_pictures(self, pictures: Sequence[Image], size: Size, execute: Execute = eager) -> Condition:
+        """What a batch of one looks at. Families whose `check` takes no pictures do without."""
 
     def image_tokens(self, size: Size) -> int:
         """Length of the image sequence the denoiser sees, which dynamic timestep shifting depends on."""
@@ -132,8 +181,16 @@ class Family(Protocol):
     def noise(self, size: Size, generators: Sequence[torch.Generator]) -> Tensor:
         """The initial state x, one generator a picture, so that a picture does not depend on its neighbours."""
 
-    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predictor:
-        """`sigmas` run from 1 (noise) to 0, one more than there are steps. Does what a request needs once."""
+    def phases(self, timesteps: Sequence[float], guidance: Guidance) -> Sequence[Phase]:
+        """Which denoiser takes which steps, in order. Timesteps are in thousandths."""
+
+    def predictor(
+        self, condition: Condition, size: Size, guidance: Guidance, timesteps: Sequence[float], denoiser: str
+    ) -> Predictor:
+        """One denoiser made ready for its own steps. Does what a request needs once."""
+
+    def finished(self, x: Tensor, condition: Condition) -> Tensor:
+        """The final state of the last step, with what the condition holds fixed."""
 
     @classmethod
     def example(cls, configs: Mapping[str, Mapping[str, Any]]) -> Condition:
@@ -145,5 +202,5 @@ class Family(Protocol):
     ) -> Mapping[str, Any]:
         """What diffusers' denoiser takes for one call, of zeros on the current device."""
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
-        """State -> pictures (B, 3, H, W) in [-1, 1]."""
+    def decode(self, x: Tensor, size: Size, execute: Execute = eager) -> Iterator[Tensor]:
+        """State -> pictures (B, 3, H, W) in [-1, 1], or chunks (B, 3, F, H, W) of clips in their order."""

@@ -6,7 +6,7 @@ attention and MLP in parallel. Checkpoint layout and maths follow diffusers' `Fl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion.kernels.embedding import patchify, timestep_embedding, unpatchify
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
-from sgl_diffusion.models.autoencoders.kl import AutoencoderKL, VaeConfig
+from sgl_diffusion.models.autoencoders.kl import AutoencoderKL, Decode, VaeConfig
 from sgl_diffusion.models.config import demand, read_config
 from sgl_diffusion.models.family import (
     AttentionFn,
@@ -23,6 +23,7 @@ from sgl_diffusion.models.family import (
     Defaults,
     Execute,
     Guidance,
+    Phase,
     Predictor,
     Preset,
     Size,
@@ -224,6 +225,8 @@ class FluxTransformer(nn.Module):
 class Flux1:
     """`FluxPipeline`: CLIP gives the pooled vector, T5 the token sequence; latents are packed 2x2 into tokens."""
 
+    draws_video = classifier_free = False
+
     def __init__(self, parts: Mapping[str, Any]) -> None:
         self.parts = parts
         self.transformer: FluxTransformer = parts["transformer"]
@@ -241,6 +244,10 @@ class Flux1:
             "tokenizer_2": "tokenizer",
             "scheduler": "scheduler",
         }
+
+    @classmethod
+    def optional(cls) -> frozenset[str]:
+        return frozenset()
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:
@@ -262,7 +269,11 @@ class Flux1:
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
         return DEV_DEFAULTS if configs["transformer"].get("guidance_embeds") else SCHNELL_DEFAULTS
 
-    def check(self, size: Size, guidance: Guidance, max_sequence_length: int) -> None:
+    def check(self, size: Size, guidance: Guidance, max_sequence_length: int, pictures: int) -> None:
+        if pictures:
+            raise ValueError(f"image_path: {pictures} given; this model draws from text alone")
+        if size.frames != 1:
+            raise ValueError(f"num_frames={size.frames}: this model draws pictures")
         for name, pixels in (("height", size.height), ("width", size.width)):
             if pixels % self.patch:
                 down, up = (
@@ -329,7 +340,20 @@ class Flux1:
         z = torch.cat([torch.randn(shape, generator=g, dtype=weight.dtype) for g in generators])
         return patchify(z, (2, 2)).to(weight.device)
 
-    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predictor:
+    def phases(self, timesteps: Sequence[float], guidance: Guidance) -> Sequence[Phase]:
+        return [Phase("transformer", range(len(timesteps)), guidance.true_cfg)]
+
+    def finished(self, x: Tensor, condition: Condition) -> Tensor:
+        return x
+
+    def predictor(
+        self,
+        condition: Condition,
+        size: Size,
+        guidance: Guidance,
+        timesteps: Sequence[float],
+        denoiser: str = "transformer",
+    ) -> Predictor:
         model, text = self.transformer, condition.tensors["encoder_hidden_states"]
         dtype, device = model.proj_out.weight.dtype, text.device
         rows, columns = size.height // self.patch, size.width // self.patch
@@ -338,7 +362,7 @@ class Flux1:
         rotary = model.rotary(T, rows, columns, device)
         token_rows = Rows.of(B, T, rows * columns, B, device)
         # the roundings of diffusers, step by step: thousandths in the model's dtype, down and up again
-        t_S = (torch.tensor(sigmas[:-1]) * TIMESTEPS).to(dtype) / TIMESTEPS * TIMESTEPS
+        t_S = torch.tensor(timesteps).to(dtype) / TIMESTEPS * TIMESTEPS
         strength = None
         if model.config.guidance_embeds:
             assert guidance.embedded is not None, "checkpoints with a guidance embedding have a default strength"
@@ -346,11 +370,12 @@ class Flux1:
         modulations = model.modulate(t_S.to(device), strength, condition.tensors["pooled_projections"].to(dtype))
         return Predictor(model, (context, token_rows, rotary), modulations)
 
-    def decode(self, x: Tensor, size: Size) -> Tensor:
+    def decode(self, x: Tensor, size: Size, execute: Execute = eager) -> Iterator[Tensor]:
         z = unpatchify(x, (size.height // self.patch, size.width // self.patch), (2, 2))
         config = self.vae.config
         z = z / config.scaling_factor + (config.shift_factor or 0.0)
-        return self.vae.decode(z.to(self.vae.decoder.conv_in.weight.dtype))
+        z = z.to(self.vae.decoder.conv_in.weight.dtype)
+        yield execute(Decode(self.vae, self.vae.tiling, self.vae.slicing), z)[0]
 
 
 # -- presets: published configs, for dummy weights at true size -------------------
@@ -436,6 +461,7 @@ def _preset(*, guided: bool) -> Preset:
             "scheduler": {**_SCHEDULER, **shift},
         },
         defaults=DEV_DEFAULTS if guided else SCHNELL_DEFAULTS,
+        pipeline_class="FluxPipeline",
     )
 
 

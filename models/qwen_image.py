@@ -242,7 +242,14 @@ class QwenImage:
         z = torch.cat([torch.randn(shape, generator=g, dtype=weight.dtype) for g in generators])
         return patchify(z, (PATCH, PATCH)).to(weight.device)
 
-    def predictor(self, condition: Condition, size: Size, guidance: Guidance, sigmas: Sequence[float]) -> Predictor:
+    def predictor(
+        self,
+        condition: Condition,
+        size: Size,
+        guidance: Guidance,
+        timesteps: Sequence[float],
+        denoiser: str = "transformer",
+    ) -> Predictor:
         """Every token of the condition is a token of a prompt: there is no mask for the end of a shorter one."""
         model, text = self.transformer, condition.tensors["encoder_hidden_states"]
         dtype, device = model.proj_out.weight.dtype, text.device
@@ -252,7 +259,7 @@ class QwenImage:
         # the timestep is the same for all samples, so each stream has one vector of a kind
         token_rows = Rows.of(B, T, rows * columns, 1, device)
         # the roundings of diffusers, step by step: thousandths in the model's dtype, and down again
-        t_S = (torch.tensor(sigmas[:-1]) * TIMESTEPS).to(dtype) / TIMESTEPS
+        t_S = torch.tensor(timesteps).to(dtype) / TIMESTEPS
         return Predictor(model, (model.read(text.to(dtype)), token_rows, rotary), model.modulate(t_S.to(device)))
 
 
@@ -279,4 +286,4 @@ _TRANSFORMER = {
     "patch_size": 2,
 }
 
-PRESETS = {"Qwen/Qwen-Image": Preset(components={"transformer": _TRANSFORMER}, defaults=DEFAULTS)}
+PRESETS = {"Qwen/Qwen-Image": Preset({"transformer": _TRANSFORMER}, DEFAULTS, "QwenImagePipeline")}

@@ -46,8 +46,14 @@ class MaskedHidden:
 
     encoder: Any
 
-    def __call__(self, ids: Tensor, mask: Tensor) -> tuple[Tensor]:
-        return (self.encoder(input_ids=ids, attention_mask=mask)[0] * mask[..., None],)
+    def __call__(self, ids: Tensor, mask_BT: Tensor) -> tuple[Tensor]:
+        """`mask_BT` is 1 for tokens and 0 for padding."""
+        dtype = self.encoder.dtype
+        # spelled out as what is added to the scores: of a plain mask, transformers asks whether it hides anything,
+        # for which a GPU has to be waited for
+        added = (1 - mask_BT[:, None, None].to(dtype)) * torch.finfo(dtype).min
+        seen = added.expand(-1, -1, mask_BT.shape[1], -1)
+        return (self.encoder(input_ids=ids, attention_mask=seen)[0] * mask_BT[..., None],)
 
 
 @dataclass(frozen=True)

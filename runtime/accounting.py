@@ -28,14 +28,14 @@ from torch.utils.flop_counter import flop_registry
 from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.kernels.op import Op
-from sgl_diffusion.models.family import Condition, Family, Guidance, Size
-from sgl_diffusion.runtime.blueprint import Blueprint
-from sgl_diffusion.runtime.denoise import euler
+from sgl_diffusion.models.family import Condition, Family
+from sgl_diffusion.runtime.blueprint import AT_WORK, Blueprint
+from sgl_diffusion.runtime.denoise import State, integrate
 from sgl_diffusion.runtime.graphs import leaves, shape_class
 from sgl_diffusion.runtime.limits import Limits, limits
 from sgl_diffusion.runtime.plan import dtype_name
 from sgl_diffusion.runtime.report import Accounting, ClassWork, DeviceLimits, Loss, StageAccount, StageTime
-from sgl_diffusion.runtime.request import Request
+from sgl_diffusion.runtime.request import Job
 
 # operations that launch nothing and move nothing: views and allocations
 FREE = frozenset(
@@ -74,6 +74,10 @@ class Work:
         of = CLASS_OF.get(operation, ELEMENTWISE)
         self.flops[of] = self.flops.get(of, 0) + flops
         self.bytes[of] = self.bytes.get(of, 0) + moved
+
+    def __add__(self, other: Work) -> Work:
+        both = ((self.flops, other.flops), (self.bytes, other.bytes))
+        return Work(*({of: a.get(of, 0) + b.get(of, 0) for of in a | b} for a, b in both))
 
     def times(self, n: int) -> Work:
         return Work({of: n * f for of, f in self.flops.items()}, {of: n * b for of, b in self.bytes.items()})
@@ -194,7 +198,7 @@ class Accountant:
     """
 
     def __init__(self, blueprint: Blueprint, tokenizers: Mapping[str, Any]) -> None:
-        self.blueprint, self.family, self.plan = blueprint, blueprint.family, blueprint.plan
+        self.blueprint, self.plan = blueprint, blueprint.plan
         self.tokenizers = tokenizers
         self._counted: dict[Hashable, dict[str, Work]] = {}
 
@@ -203,10 +207,13 @@ class Accountant:
         """Components of the true shapes and dtypes, without memory."""
         return {**self.tokenizers, **self.blueprint.shape_only_parts(lambda key: attend)}
 
+    @cached_property
+    def family(self) -> Family:
+        return self.blueprint.family_of(self.parts)
+
     def dtypes(self, stage: str) -> set[torch.dtype]:
         """Of the components at work in a stage."""
-        kind = {"text_encoding": "text_encoder", "decoding": "vae"}.get(stage, "denoiser")
-        return {self.plan.dtypes[key] for key, of in self.family.components().items() if of == kind}
+        return {self.plan.dtypes[key] for key, kind in self.blueprint.kinds.items() if kind in AT_WORK[stage]}
 
     def account(self, work: Mapping[str, Work], stages: Sequence[StageTime], total_ms: float) -> Accounting:
         """Times of stages beside what this device could do with the work.
@@ -217,33 +224,48 @@ class Accountant:
         device = self.plan.device
         return account(work, {s: {d: limits(device, d) for d in self.dtypes(s)} for s in work}, stages, total_ms)
 
-    def work(self, request: Request, size: Size, guidance: Guidance, steps: int, text_length: int) -> dict[str, Work]:
+    def work(self, job: Job) -> dict[str, Work]:
         """The work of each stage of a request."""
-        family, prompts = self.family(self.parts), [request.prompts]
-        if request.negative_prompt is not None:
-            prompts.append((request.negative_prompt,) * len(request.prompts))
+        family, request = self.family, job.request
+        prompts = [request.prompts]
+        if job.negative_prompt is not None:
+            prompts.append((job.negative_prompt,) * len(request.prompts))
         with counted() as encoding:
-            conditions = [family.encode(p, text_length).repeat(request.outputs_per_prompt) for p in prompts]
+            conditions = [family.encode(p, job.text_length).repeat(request.outputs_per_prompt) for p in prompts]
+        work = {"text_encoding": encoding}
+        if job.pictures:
+            with counted() as work["picture_encoding"]:
+                seen = family.encode_pictures(job.pictures, job.size).repeat(request.count)
+            conditions = [condition | seen for condition in conditions]
         shapes = shape_class([list(condition.tensors.values()) for condition in conditions])
-        key = shapes, size, guidance, steps
+        key = shapes, job.size, job.guidance, job.schedule
         if key not in self._counted:
-            self._counted[key] = self._after_encoding(family, conditions, size, guidance, steps)
-        return {"text_encoding": encoding, **self._counted[key]}
+            self._counted[key] = self._after_encoding(job, conditions)
+        return work | self._counted[key]
 
-    def _after_encoding(
-        self, family: Family, conditions: Sequence[Condition], size: Size, guidance: Guidance, steps: int
-    ) -> dict[str, Work]:
-        vae, pictures = self.parts["vae"], len(next(iter(conditions[0].tensors.values())))
-        vae.tiling, vae.slicing = self.plan.tiles(size), self.plan.vae_slicing
-        sigmas = [1 - i / steps for i in range(steps + 1)]
+    def _after_encoding(self, job: Job, conditions: Sequence[Condition]) -> dict[str, Work]:
+        family, vae, schedule = self.family, self.parts["vae"], job.schedule
+        vae.tiling, vae.slicing = self.plan.tiles(job.size), self.plan.vae_slicing
         with counted() as preparation:
-            x = family.noise(size, [torch.Generator() for _ in range(pictures)])
-            positive, *negative = [family.predictor(condition, size, guidance, sigmas) for condition in conditions]
-        with counted() as step:
-            x = next(euler(x, sigmas, positive, negative[0] if negative else None, guidance.true_cfg)).x
+            generators = [torch.Generator() for _ in range(job.request.count)]
+            state = State.start(family.noise(job.size, generators), schedule)
+            noise = [family.noise(job.size, generators) for _ in range(schedule.noises)]
+        denoising = Work()
+        for phase in family.phases(schedule.timesteps, job.guidance):
+            timesteps = schedule.timesteps[phase.steps.start : phase.steps.stop]
+            with counted() as once:
+                positive, *negative = [
+                    family.predictor(condition, job.size, job.guidance, timesteps, phase.denoiser)
+                    for condition in conditions
+                ]
+            against = negative[0] if negative else None
+            with counted() as step:
+                state = next(integrate(state, schedule, phase.steps, positive, against, phase.scale, noise)).state
+            preparation, denoising = preparation + once, denoising + step.times(len(phase.steps))
         with counted() as decoding:
-            family.decode(x, size)
-        return {"latent_preparation": preparation, "denoising": step.times(steps), "decoding": decoding}
+            for chunk in family.decode(state.x, job.size):
+                del chunk
+        return {"latent_preparation": preparation, "denoising": denoising, "decoding": decoding}
 
 
 # -- beside what was measured --------------------------------------------------------

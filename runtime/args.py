@@ -302,6 +302,12 @@ class DenoisingOptions(Options):
 
     num_inference_steps: int | None = option(None, "Denoising steps.", ge=1)
     guidance_scale: float | None = option(None, "Guidance strength, embedded or classifier-free by model.", ge=0)
+    guidance_scale_2: float | None = option(
+        None, "That of a second denoiser, for little noise.", unset="the model's, or guidance_scale", ge=0
+    )
+    flow_shift: float | None = option(
+        None, "Shift of the noise levels; above 1, more steps at high noise.", unset="the model's", gt=0
+    )
     true_cfg_scale: float | None = option(None, "Classifier-free guidance with negative_prompt, above 1.", ge=0)
 
 

@@ -11,11 +11,20 @@ from torch import nn
 
 from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.models.config import ConfigError
-from sgl_diffusion.models.family import AttentionFn, Defaults, Family
+from sgl_diffusion.models.family import ENCODERS, SETTINGS, AttentionFn, Defaults, Family
 from sgl_diffusion.runtime.attention import shape_only_attention
-from sgl_diffusion.runtime.encoders import dummy_encoder
+from sgl_diffusion.runtime.encoders import dummy_encoder, read_processor
 from sgl_diffusion.runtime.plan import Plan
-from sgl_diffusion.runtime.schedulers import FlowMatchEuler
+from sgl_diffusion.runtime.schedulers import Sampler, read_scheduler
+
+AT_WORK: Mapping[str, tuple[str, ...]] = {
+    "text_encoding": ("text_encoder",),
+    "picture_encoding": ("image_encoder", "vae"),
+    "latent_preparation": ("denoiser",),
+    "denoising": ("denoiser",),
+    "decoding": ("vae",),
+}
+"""Stage of a request -> the kinds of components that compute in it."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +39,7 @@ class Blueprint:
 
     @property
     def kinds(self) -> Mapping[str, str]:
-        """Of the components: `denoiser`, `vae`, `text_encoder`, `tokenizer` or `scheduler`."""
-        return self.family.components()
+        return kinds_of(self.family, self.configs)
 
     def module(self, key: str, attention: AttentionFn) -> nn.Module:
         """The native module of a denoiser or VAE, of shapes alone ("meta") and in fp32.
@@ -51,23 +59,35 @@ class Blueprint:
         for key, kind in self.kinds.items():
             if kind in ("denoiser", "vae"):
                 self.module(key, attention)
-        self.scheduler()
+        self.sampler()
 
-    def scheduler(self) -> FlowMatchEuler:
+    def sampler(self) -> Sampler:
         """Raises ConfigError for one that is not implemented."""
-        return FlowMatchEuler.read(self.configs["scheduler"])
+        return read_scheduler(self.configs["scheduler"])
+
+    def family_of(self, parts: Mapping[str, Any]) -> Family:
+        """The family with its parts by component."""
+        return self.family({**parts, SETTINGS: self.configs.get(SETTINGS, {})})
 
     def attention_on(self, device: torch.device) -> Callable[[str], AttentionFn]:
         """By component, the attention of shapes that stand for tensors on this device."""
         return lambda key: shape_only_attention(key, self.plan.attention[key], device)
 
     def shape_only_parts(self, attention_of: Callable[[str], AttentionFn]) -> dict[str, Any]:
-        """Denoisers, VAEs and text encoders by component, of true size and dtype and without memory ("meta")."""
+        """Denoisers, VAEs and encoders by component, of true size and dtype and without memory ("meta")."""
         parts: dict[str, Any] = {}
         for key, kind in self.kinds.items():
             if kind in ("denoiser", "vae"):
                 parts[key] = self.module(key, attention_of(key)).to(self.plan.dtypes[key])
-            elif kind == "text_encoder":
+            elif kind in ENCODERS:
                 encoder = dummy_encoder(key, self.configs[key], torch.device("meta"), self.plan.dtypes[key], None)
                 parts[key] = encoder.eval()
+            elif kind == "image_processor":
+                parts[key] = read_processor(key, self.configs[key])
         return parts
+
+
+def kinds_of(family: type[Family], configs: Mapping[str, Any]) -> dict[str, str]:
+    """Kinds of the components that a checkpoint has, as `Family.components` calls them."""
+    missing = family.optional() - configs.keys()
+    return {key: kind for key, kind in family.components().items() if key not in missing}

@@ -41,6 +41,11 @@ class Checkpoint:
         name = self.index["_class_name"]
         return str(name[-1] if isinstance(name, list) else name)
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The plain values in model_index.json."""
+        return {k: v for k, v in self.index.items() if not k.startswith("_") and not isinstance(v, list)}
+
     def kinds(self) -> dict[str, str]:
         """Component key -> kind, by the naming habit of diffusers' pipelines."""
         kinds = {}

@@ -18,9 +18,8 @@ from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.diffusers_loader import bridge_precisions
 from sgl_diffusion.runtime.encoders import IMPLEMENTATIONS
 from sgl_diffusion.runtime.errors import RunFailure, UserError
-from sgl_diffusion.runtime.events import Event, StageFinished, StageStarted, StepDone
+from sgl_diffusion.runtime.events import Drawn, Event, Pixels, StageFinished, StageStarted, StepDone
 from sgl_diffusion.runtime.pictures import read_pictures
-from sgl_diffusion.runtime.pipeline import Pixels
 from sgl_diffusion.runtime.plan import Plan, dtype_name
 from sgl_diffusion.runtime.request import Request
 from sgl_diffusion.runtime.trace import Stopwatch
@@ -54,6 +53,13 @@ class DiffusersPipeline:
     def denoisers(self) -> dict[str, Any]:
         found = {k: getattr(self.pipe, k, None) for k, kind in self.kinds.items() if kind == "denoiser"}
         return {k: m for k, m in found.items() if isinstance(m, torch.nn.Module)}
+
+    def _input_pictures(self, paths: list[str]) -> dict[str, Any]:
+        """Of two pictures, the second is the last frame where a pipeline has a name for that."""
+        pictures = read_pictures(paths)
+        if len(pictures) == 2 and "last_image" in self.call_arguments:
+            return {"image": pictures[0], "last_image": pictures[1]}
+        return {"image": pictures if len(pictures) > 1 else pictures[0]}
 
     # -- options that take effect at load ------------------------------------------
 
@@ -147,7 +153,10 @@ class DiffusersPipeline:
             call_name = CALL_NAMES.get(name, name)
             if call_name not in self.call_arguments:
                 raise UserError(f"{name}={value}: {self.pipeline_class} does not take it")
-            arguments[call_name] = _input_pictures(value) if name == "image_path" else value
+            if name == "image_path":
+                arguments |= self._input_pictures(value)
+            else:
+                arguments[call_name] = value
         if request.negative_prompt is not None and "negative_prompt" not in self.call_arguments:
             raise UserError(f"negative_prompt: {self.pipeline_class} does not take it")
         self._check_guidance(request)
@@ -181,8 +190,8 @@ class DiffusersPipeline:
                 "leave it out, or use negative_prompt with true_cfg_scale"
             )
 
-    def run(self, request: Request, watch: Stopwatch) -> Generator[Event, None, list[Pixels]]:
-        """Yields progress and returns the pictures or clips of the request in order.
+    def run(self, request: Request, watch: Stopwatch) -> Generator[Event, None, None]:
+        """Yields progress, and at the end the pictures or clips of the request in order.
 
         diffusers reports progress through a callback, so the pipeline runs in a thread and its events cross a queue.
         """
@@ -215,7 +224,7 @@ class DiffusersPipeline:
             self.pipe.scheduler = scheduler
         if failure:
             raise _explained(failure[0], self.pipeline_class)
-        return outcome[0]
+        yield Drawn(outcome[0])
 
     def _call(
         self,
@@ -370,11 +379,6 @@ def _call_arguments(cls: type[Any]) -> dict[str, inspect.Parameter]:
             own = {n: p for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and n != "self"}
             named = {**(named if passes_on else {}), **own}
     return named
-
-
-def _input_pictures(paths: list[str]) -> Any:
-    pictures = read_pictures(paths)
-    return pictures if len(pictures) > 1 else pictures[0]
 
 
 def _pixels(result: Any) -> list[Pixels]:

@@ -12,10 +12,11 @@ import diffusers
 import torch
 from safetensors import SafetensorError
 
+from sgl_diffusion.models.family import ENCODERS, SETTINGS
 from sgl_diffusion.models.text import HashTokenizer
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.checkpoint import Checkpoint
-from sgl_diffusion.runtime.encoders import dummy_encoder
+from sgl_diffusion.runtime.encoders import dummy_encoder, read_processor
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.plan import Plan
 from sgl_diffusion.runtime.weights import fill_dummy
@@ -78,12 +79,14 @@ def dummy_pipe(
             parts[key] = module.eval().requires_grad_(False)
         elif kind == "scheduler":
             parts[key] = cls.from_config(dict(configs[key]))
-        elif kind == "text_encoder":
+        elif kind in ENCODERS:
             parts[key] = dummy_encoder(key, configs[key], plan.device, plan.dtypes[key], None).eval()
             fill_dummy(parts[key], plan.device, plan.dtypes[key])
         elif kind == "tokenizer":
             parts[key] = HashTokenizer.for_encoder(configs[key.replace("tokenizer", "text_encoder")])
-    return getattr(diffusers, pipeline_class)(**parts)
+        elif kind == "image_processor":
+            parts[key] = read_processor(key, configs[key])
+    return getattr(diffusers, pipeline_class)(**parts, **configs.get(SETTINGS, {}))
 
 
 def _component(checkpoint: Checkpoint, key: str, plan: Plan) -> Any:

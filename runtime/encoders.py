@@ -107,6 +107,19 @@ def dummy_encoder(
     return encoder
 
 
+def read_processor(key: str, config: Mapping[str, Any]) -> Any:
+    """What prepares pictures for an image encoder, from its config alone.
+
+    Raises:
+        UserError: transformers does not know it.
+    """
+    name = str(config.get("image_processor_type"))
+    cls = getattr(transformers, name, None)
+    if cls is None:
+        raise UserError(f"{key}: transformers {transformers.__version__} has no class {name}")
+    return cls.from_dict(dict(config))
+
+
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a component folder, by the class its own config names."""
     try:

@@ -14,32 +14,27 @@ import sys
 import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from PIL import Image
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.compilation import compilations, keep_compiled_code
 from sgl_diffusion.runtime.errors import RunFailure, UserError
-from sgl_diffusion.runtime.events import Event, Finished, Result, StageFinished, StageStarted
+from sgl_diffusion.runtime.events import Drawn, Event, Finished, Result, StageFinished, StageStarted
 from sgl_diffusion.runtime.latents import Latents, latents_path, resumed, save_latents
 from sgl_diffusion.runtime.live_bytes import Gauge, module_bytes
 from sgl_diffusion.runtime.memory import MemoryPlanner
 from sgl_diffusion.runtime.output import (
-    Output,
-    frames_path,
     plan_outputs,
     request_digest,
-    save,
-    save_frames,
     save_trace,
     trace_path,
 )
-from sgl_diffusion.runtime.pipeline import DecodeFailure, NativePipeline, Pixels
+from sgl_diffusion.runtime.pipeline import DecodeFailure, NativePipeline
 from sgl_diffusion.runtime.prewarm import throw_away_requests
 from sgl_diffusion.runtime.reading import READERS
 from sgl_diffusion.runtime.report import (
@@ -55,8 +50,9 @@ from sgl_diffusion.runtime.report import (
     memory_checkpoint,
     versions,
 )
-from sgl_diffusion.runtime.request import Request, resolve_request
+from sgl_diffusion.runtime.request import Job, Request, resolve_request
 from sgl_diffusion.runtime.resolve import Resolved, resolve
+from sgl_diffusion.runtime.results import Results
 from sgl_diffusion.runtime.telemetry import Telemetry
 from sgl_diffusion.runtime.trace import Span, Stopwatch, profiler
 
@@ -159,6 +155,7 @@ class _Run:
         self.memory = {"before_forward": memory_checkpoint(engine.device)}
         self.request_id = uuid.uuid4().hex
         self.request: Request | None = None
+        self.job: Any = None  # as the backend prepares a request
         self.paths: list[Path] = []
         self.telemetry: Telemetry | None = None
         self.finished = False
@@ -170,21 +167,23 @@ class _Run:
         if params.perf_dump_path is not None:
             _demand_writable("perf_dump_path", Path(params.perf_dump_path))
         self.request = request = resolve_request(params, engine.model.sampling_defaults, engine.args)
-        engine.backend.prepare(request)
+        self.job = job = engine.backend.prepare(request)
         plan = plan_outputs(params, request, is_video=engine.backend.draws_video) if params.save_output else []
         trace = trace_path(plan) if params.profile else None
-        with self._observed(trace):
-            pixels = yield from self._pixels(request, latents, plan)
-        outputs = [self._output(request, i, p) for i, p in enumerate(pixels)]
-        if plan:
-            yield StageStarted("saving")
-            with self.watch.span("saving"):
-                for output, path in zip(outputs, plan, strict=True):
-                    save(output, path, self._metadata(request, output), params.output_quality)
-                    self.paths.append(path)
-                    if params.return_frames:
-                        self.paths.append(save_frames(output, frames_path(path)))
-            yield StageFinished("saving")
+        with Results(request, params, self._fps(request), plan, self._metadata) as results:
+            with self._observed(trace):
+                for event in self._events_of(request, job, latents, plan):
+                    if isinstance(event, Drawn):
+                        results.add(event.pixels)
+                    else:
+                        yield event
+            if plan:
+                yield StageStarted("saving")
+            with self.watch.span("saving") if plan else nullcontext():
+                outputs, paths = results.finish()
+            self.paths += paths
+            if plan:
+                yield StageFinished("saving")
         if trace is not None:
             self.paths.append(trace)
         report = self._report(error=None)
@@ -193,22 +192,23 @@ class _Run:
             report.write(Path(params.perf_dump_path))
         yield Finished(Result(outputs, self.paths, report))
 
-    def _pixels(
-        self, request: Request, latents: Latents | None, plan: Sequence[Path]
-    ) -> Generator[Event, None, list[Pixels]]:
+    def _events_of(
+        self, request: Request, job: Any, latents: Latents | None, plan: Sequence[Path]
+    ) -> Generator[Event, None, None]:
         """Draws the request, or decodes its latents. Latents whose decode fails are kept beside the planned results."""
         backend, params = self.engine.backend, self.params
         if not isinstance(backend, NativePipeline):
             for name in ("resume_latents", "measure_memory"):
                 if value := getattr(params, name):
                     raise UserError(f"{name}={str(value).lower()}: the diffusers backend cannot do it")
-            return (yield from backend.run(request, self.watch))
+            yield from backend.run(request, self.watch)
+            return
         if params.measure_memory and backend.compiled:
             raise UserError("measure_memory=true: not with enable_torch_compile, whose memory cannot be followed")
         counting = params.measure_memory
         self.gauge = Gauge(backend.plan.device, counting=counting, weights=module_bytes(backend.parts.values()))
         try:
-            return (yield from backend.run(request, self.watch, gauge=self.gauge, latents=latents))
+            yield from backend.run(job, self.watch, gauge=self.gauge, latents=latents)
         except DecodeFailure as e:
             why = "out of memory" if isinstance(e.__cause__, torch.OutOfMemoryError) else str(e.__cause__)
             if latents is not None or not plan or not torch.isfinite(e.latents).all():  # no decode would help those
@@ -219,6 +219,13 @@ class _Run:
                 f"the decode failed: {why}. The finished latents are kept: --resume-latents {path} decodes them, "
                 "for example with --vae-tiling"
             ) from e
+
+    def _fps(self, request: Request) -> int | None:
+        """Frames per second of the clips; None for pictures."""
+        if not self.engine.backend.draws_video:
+            return None
+        own = self.job.fps if isinstance(self.job, Job) else request.given.get("fps")
+        return own or DEFAULT_FPS
 
     @contextmanager
     def _observed(self, trace: Path | None) -> Iterator[None]:
@@ -241,27 +248,18 @@ class _Run:
         if not self.finished and path is not None and Path(path).parent.is_dir():
             self._report(error).write(Path(path))
 
-    def _output(self, request: Request, index: int, pixels: Pixels) -> Output:
-        is_video = pixels.ndim == 4
-        return Output(
-            prompt=request.prompt_of(index),
-            seed=request.seeds()[index],
-            index=index,
-            image=None if is_video else Image.fromarray(pixels),
-            frames=pixels if is_video else None,
-            fps=request.given.get("fps", DEFAULT_FPS) if is_video else None,
-        )
-
-    def _metadata(self, request: Request, output: Output) -> dict[str, Any]:
-        """What is needed to draw this picture again."""
+    def _metadata(self, index: int) -> dict[str, Any]:
+        """What is needed to draw a result again."""
+        request = self.request
+        assert request is not None
         return {
-            "prompt": output.prompt,
+            "prompt": request.prompt_of(index),
             "negative_prompt": request.negative_prompt,
-            "seed": output.seed,
+            "seed": request.seeds()[index],
             "model": self.engine.args.model_path,
             "pipeline_class": self.engine.model.pipeline_class,
             "backend": self.engine.backend.name,
-            "digest": request_digest(request, output.index),
+            "digest": request_digest(request, index),
             **request.given,
         }
 
@@ -298,7 +296,9 @@ class _Run:
                 **request.given,
             }
             if error is None:
-                effective |= engine.backend.effective(request)
+                backend = engine.backend
+                native = isinstance(backend, NativePipeline)
+                effective |= backend.effective(self.job if native else request)  # type: ignore[arg-type]
         return Report(
             timestamp=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             request_id=self.request_id,
@@ -331,7 +331,7 @@ class _Run:
         if self.params.resume_latents is not None:  # most of the work was another run's
             return None
         try:
-            return backend.account(self.request, stages, total_ms)
+            return backend.account(self.job, stages, total_ms)
         except torch.OutOfMemoryError:  # the pictures are drawn: they are not lost for this
             log.warning("no accounting in the report: the device has no room to measure its limits")
             return None

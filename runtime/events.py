@@ -7,9 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+from numpy.typing import NDArray
+
 if TYPE_CHECKING:
     from sgl_diffusion.runtime.output import Output
     from sgl_diffusion.runtime.report import Report
+
+Pixels = NDArray[np.uint8]
+"""A picture (H, W, 3) or frames (F, H, W, 3) of a clip."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,13 @@ class StepDone:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Of every result of the request, in order: the picture, or the next frames of the clip."""
+
+    pixels: Sequence[Pixels]
+
+
+@dataclass(frozen=True)
 class Result:
     """Pictures or clips of a request, the files they were saved to, and the receipt."""
 
@@ -44,4 +57,4 @@ class Finished:
     result: Result
 
 
-Event = StageStarted | StageFinished | StepDone | Finished
+Event = StageStarted | StageFinished | StepDone | Drawn | Finished

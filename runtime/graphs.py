@@ -22,7 +22,7 @@ from sgl_diffusion.runtime.errors import UserError
 
 CAPACITY = 4  # graphs of a stage, where no warm-up declared more shapes
 REFUSALS = 64  # shapes whose capture failed that are remembered, the latest
-STAGES = {"text_encoding": "text_encoder", "denoising": "denoiser", "decoding": "vae"}  # and whose weights they use
+CAPTURED = ("text_encoding", "denoising", "decoding")  # stages
 NOT_WARMED_UP = "this shape was not warmed up"
 
 Function = Callable[..., tuple[Tensor, ...]]
@@ -218,10 +218,10 @@ def make_graphs(asked: str, recorder: Recorder, prevented: Mapping[str, str]) ->
     Raises:
         UserError: captured steps were asked for and cannot be had.
     """
-    reasons = dict.fromkeys(STAGES, "switched off") if asked == "false" else prevented
+    reasons = dict.fromkeys(CAPTURED, "switched off") if asked == "false" else prevented
     graphs = {
         stage: Graphs(recorder, reasons.get(stage, ""), required=asked == "true" and stage == "denoising")
-        for stage in STAGES
+        for stage in CAPTURED
     }
     for stage in ("text_encoding", "decoding"):
         graphs[stage].captures_nothing_new = NOT_WARMED_UP

@@ -13,8 +13,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from sgl_diffusion.models.family import ENCODERS
 from sgl_diffusion.runtime.args import ServerArgs
-from sgl_diffusion.runtime.blueprint import Blueprint
+from sgl_diffusion.runtime.blueprint import AT_WORK, Blueprint
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.live_bytes import module_bytes
 from sgl_diffusion.runtime.offload import Layout, fits_host_memory
@@ -22,12 +23,6 @@ from sgl_diffusion.runtime.plan import Residency, dtype_name, first_that_fits
 from sgl_diffusion.runtime.rehearsal import Rehearsal, Workload
 from sgl_diffusion.runtime.report import MIB, ComponentMemory, MemoryReport, StageMemory
 
-STAGES = {  # stage -> the kind of component at work
-    "text_encoding": "text_encoder",
-    "latent_preparation": "denoiser",
-    "denoising": "denoiser",
-    "decoding": "vae",
-}
 CUDA_GRANULARITY = 512  # bytes; blocks of PyTorch's allocator are multiples
 CUBLAS_WORKSPACE = 32 * MIB  # PyTorch's own default on sm_90, the largest there is
 
@@ -88,7 +83,7 @@ class MemoryPlanner:
         """Offloaded components that will stay in their files, as there is no room for a copy in host memory."""
         taken, mapped = 0, []  # in the order in which they are loaded
         for key, w in self.weights.items():
-            from_files = self.args.load_format != "dummy" and self.blueprint.kinds[key] != "text_encoder"
+            from_files = self.args.load_format != "dummy" and self.blueprint.kinds[key] not in ENCODERS
             module, dtype = self.rehearsal.parts[key], self.plan.dtypes[key]
             if w.host and from_files and not fits_host_memory(module, dtype, taken):
                 mapped.append(key)
@@ -168,7 +163,7 @@ class MemoryPlanner:
         available = self.available()
         if available is None:
             return
-        needed = max(self._weights_at(stage) for stage in STAGES)
+        needed = max(self._weights_at(stage) for stage in AT_WORK)
         if needed > available:
             raise UserError(
                 f"the weights cannot fit on {self.plan.device}: they need {_mib(needed)}, {_mib(available)} are "
@@ -181,8 +176,11 @@ class MemoryPlanner:
         return f"{joined} --performance-mode memory" if on_gpu else ""
 
     def _weights_at(self, stage: str) -> int:
-        kinds = self.blueprint.kinds
-        return sum(w.at_work if kinds[k] == STAGES[stage] else w.at_rest for k, w in self.weights.items())
+        """Denoisers come to the device one at a time, all other components of a stage together."""
+        kinds, working = self.blueprint.kinds, AT_WORK[stage]
+        at_rest = sum(w.at_rest for w in self.weights.values())
+        brought = {k: w.at_work - w.at_rest for k, w in self.weights.items() if kinds[k] in working}
+        return at_rest + (max if working == ("denoiser",) else sum)(brought.values())
 
     def _graphs(self, work: Workload, tiling: bool) -> int:
         return self.rehearsal.activations(work, tiling).get("denoising", 0) if self.captures and self.on_gpu else 0

@@ -417,11 +417,11 @@ class Offload:
             )
 
     @contextmanager
-    def on_device(self, kind: str) -> Iterator[None]:
-        """Components of a kind can compute inside of the block."""
+    def on_device(self, kind: str, only: str | None = None) -> Iterator[None]:
+        """Components of a kind can compute inside of the block, or `only` the one of them with this key."""
         with ExitStack() as brought:
             for key, component in self.components.items():
-                if self.kinds[key] == kind:
+                if self.kinds[key] == kind and only in (None, key):
                     brought.enter_context(component.on_device())
             yield
 

@@ -6,7 +6,6 @@ import base64
 import binascii
 import http.client
 import io
-import math
 import struct
 import urllib.request
 import warnings
@@ -15,10 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote_to_bytes
 
-import numpy as np
-import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
-from torch import Tensor
 
 from sgl_diffusion.runtime.errors import UserError
 
@@ -100,27 +96,3 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def fit(picture: Image.Image, height: int, width: int) -> Tensor:
-    """A picture as a model's VAE takes it: resized (Lanczos) to the size, whatever its own proportions.
-
-    Args:
-        picture: RGB.
-        height, width: pixels, of a size that the model takes.
-    Returns:
-        (1, 3, height, width) fp32 in [-1, 1], bit-equal to diffusers' `VideoProcessor.preprocess`.
-    """
-    resized = picture.resize((width, height), resample=Image.Resampling.LANCZOS)
-    unit_HWC = np.asarray(resized).astype(np.float32) / 255.0
-    return 2.0 * torch.from_numpy(unit_HWC).permute(2, 0, 1)[None].contiguous() - 1.0
-
-
-def area_size(picture: Image.Image, max_area: int, multiple: int) -> tuple[int, int]:
-    """Height and width of about `max_area` pixels, each a multiple, in the proportions of a picture.
-
-    The rule of the published image-to-video examples. Each side is at least one multiple.
-    """
-    aspect = picture.height / picture.width
-    height, width = round(math.sqrt(max_area * aspect)), round(math.sqrt(max_area / aspect))
-    return max(height // multiple, 1) * multiple, max(width // multiple, 1) * multiple

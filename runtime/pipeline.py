@@ -4,45 +4,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from sgl_diffusion.models.family import Family, Guidance, Size
+from sgl_diffusion.models.family import ENCODERS, Condition
 from sgl_diffusion.models.text import HashTokenizer, PromptTooLong
 from sgl_diffusion.runtime import denoise
 from sgl_diffusion.runtime.accounting import Accountant
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.attention import Attention
-from sgl_diffusion.runtime.blueprint import Blueprint
-from sgl_diffusion.runtime.encoders import dummy_encoder, load_encoder, load_tokenizer
+from sgl_diffusion.runtime.blueprint import AT_WORK, Blueprint
+from sgl_diffusion.runtime.encoders import dummy_encoder, load_encoder, load_tokenizer, read_processor
 from sgl_diffusion.runtime.errors import RunFailure, UserError
-from sgl_diffusion.runtime.events import Event, StageFinished, StageStarted, StepDone
-from sgl_diffusion.runtime.graphs import STAGES, CudaGraphs, capturing, make_graphs
+from sgl_diffusion.runtime.events import Drawn, Event, Pixels, StageFinished, StageStarted, StepDone
+from sgl_diffusion.runtime.graphs import CAPTURED, CudaGraphs, capturing, make_graphs
 from sgl_diffusion.runtime.latents import Latents
 from sgl_diffusion.runtime.live_bytes import Gauge
 from sgl_diffusion.runtime.memory import MemoryPlanner
 from sgl_diffusion.runtime.offload import CudaStreams, DeviceStreams, Offload, fits_host_memory
+from sgl_diffusion.runtime.pixels import to_pixels
 from sgl_diffusion.runtime.plan import dtype_name
 from sgl_diffusion.runtime.prewarm import compile_kernels
 from sgl_diffusion.runtime.reading import LoadTimes
 from sgl_diffusion.runtime.rehearsal import Workload
 from sgl_diffusion.runtime.report import Accounting, ComponentLoad, MemoryReport, StageTime
-from sgl_diffusion.runtime.request import Request, settle
+from sgl_diffusion.runtime.request import Job, Request, settle
 from sgl_diffusion.runtime.tape import Tapes
 from sgl_diffusion.runtime.trace import Stopwatch
 from sgl_diffusion.runtime.weights import Source, fill_dummy, find_weights, load_weights, weight_files
 
 CPU = torch.device("cpu")
-
-Pixels = NDArray[np.uint8]
-"""A picture (H, W, 3) or a clip (F, H, W, 3)."""
 
 Record = Callable[[str, Tensor], None]
 """Is shown every intermediate tensor by name; `sglang verify` compares them between backends."""
@@ -50,21 +46,6 @@ Record = Callable[[str, Tensor], None]
 
 def ignore(name: str, tensor: Tensor) -> None:
     """Records nothing."""
-
-
-@dataclass(frozen=True)
-class Decode:
-    """A pure function of final states of one size, which can be captured."""
-
-    family: Family
-    vae: Any
-    size: Size
-    tiling: bool
-    slicing: bool
-
-    def __call__(self, x: Tensor) -> tuple[Tensor]:
-        self.vae.tiling, self.vae.slicing = self.tiling, self.slicing
-        return (self.family.decode(x, self.size),)
 
 
 class DecodeFailure(RunFailure):
@@ -85,7 +66,6 @@ class NativePipeline:
     """
 
     name = "sglang"
-    draws_video = False
 
     def __init__(
         self,
@@ -101,7 +81,7 @@ class NativePipeline:
         self.last_run: tuple[Workload, bool] | None = None  # and whether it was decoded in tiles
         self.attention: dict[str, Attention] = {}
         self.encoder_attention: dict[str, str] = {}
-        self.scheduler = blueprint.scheduler()
+        self.sampler = blueprint.sampler()
         self.parts: dict[str, Any] = {}
         self.loaded: dict[str, ComponentLoad] = {}
         mapped: dict[str, Sequence[Source]] = {}  # weights that stay in their files
@@ -113,17 +93,20 @@ class NativePipeline:
                 self.parts[key] = blueprint.module(key, self.attention[key])
                 times, mapped[key] = self._fill(key, must_pin=args.pin_cpu_memory is True)
                 self.loaded[key] = self._component_load(started, times, is_mapped=bool(mapped[key]))
-            elif kind == "text_encoder":
+            elif kind in ENCODERS:
                 times, self.parts[key] = self._encoder(key)
                 self.loaded[key] = self._component_load(started, times)
             elif kind == "tokenizer":
                 self.parts[key] = self._tokenizer(key)
+            elif kind == "image_processor":
+                self.parts[key] = read_processor(key, blueprint.configs[key])
         self.memory.mapped = [key for key, found in mapped.items() if found]
-        self.family = blueprint.family(self.parts)
+        self.family = blueprint.family_of(self.parts)
+        self.draws_video = self.family.draws_video
         self.offload = Offload(self.parts, blueprint.kinds, plan, mapped, streams)
         self.compiled = self._compile() if plan.compile else {}
         prevented = {"denoising": "torch.compile has graphs of its own"} if self.compiled else {}
-        moving = [stage for stage, kind in STAGES.items() if self.offload.moves(kind)]
+        moving = [stage for stage in CAPTURED if any(map(self.offload.moves, AT_WORK[stage]))]
         prevented |= dict.fromkeys(moving, "offloaded weights have no fixed address")
         recorder = CudaGraphs() if plan.device.type == "cuda" else Tapes()
         self.graphs = make_graphs(args.enable_cuda_graph, recorder, prevented)
@@ -192,25 +175,25 @@ class NativePipeline:
 
     # -- a request ----------------------------------------------------------------
 
-    def prepare(self, request: Request) -> tuple[Size, Guidance, int, int]:
-        """Size, guidance, steps and text length of a request.
+    def prepare(self, request: Request) -> Job:
+        """What a request comes to here.
 
         Raises:
             UserError: anything this family or checkpoint cannot honour.
         """
-        return settle(request, self.defaults, self.family, self.scheduler)
+        return settle(request, self.defaults, self.family, self.sampler)
 
     @torch.inference_mode()
     def run(
         self,
-        request: Request,
+        job: Job,
         watch: Stopwatch,
         record: Record = ignore,
         *,
         gauge: Gauge | None = None,
         latents: Latents | None = None,
-    ) -> Generator[Event, None, list[Pixels]]:
-        """Yields progress and returns the pictures of the request in order.
+    ) -> Generator[Event, None, None]:
+        """Yields progress, and the results as they are decoded (`Drawn`), the frames of a clip in chunks.
 
         Args:
             latents: of an earlier run of the request, which are decoded.
@@ -219,72 +202,103 @@ class NativePipeline:
             DecodeFailure: the latents are finished, but not the pictures.
         """
         gauge = gauge or Gauge(self.plan.device)
-        work = Workload.of(request, *self.prepare(request), decode_only=latents is not None)
+        work = Workload.of(job, decode_only=latents is not None)
         tiling = self.memory.tiling(work)
         self.last_run = work, tiling
         if latents is None:
             self.memory.reserve_decode(work, tiling)
-            x = yield from self._draw(request, watch, gauge, record)
+            x = yield from self._draw(job, watch, gauge, record)
         else:
-            x = latents.of_shape(self.family.noise(work.size, [torch.Generator()] * request.count).shape)
-            x = x.to(self.plan.device)
+            generators = [torch.Generator()] * job.request.count
+            x = latents.of_shape(self.family.noise(work.size, generators).shape).to(self.plan.device)
 
         yield StageStarted("decoding")
-        with watch.span("decoding"), gauge.stage("decoding"), self.offload.on_device("vae"):
+        with watch.span("decoding"), self.offload.on_device("vae"):
+            vae = self.parts["vae"]
+            vae.tiling, vae.slicing = tiling, self.plan.vae_slicing
+            chunks = self.family.decode(x, work.size, self.graphs["decoding"])
             try:
-                decode = Decode(self.family, self.parts["vae"], work.size, tiling, self.plan.vae_slicing)
-                (pictures,) = self.graphs["decoding"](decode, x)
-                pixels = to_pixels(pictures)
+                while (pixels := self._next_pixels(chunks, gauge, record)) is not None:
+                    yield Drawn(pixels)
             except (torch.OutOfMemoryError, RunFailure) as e:
                 raise DecodeFailure(x) from e
-        record("pixels", pictures)
         yield StageFinished("decoding")
-        return pixels
 
-    def _draw(self, request: Request, watch: Stopwatch, gauge: Gauge, record: Record) -> Generator[Event, None, Tensor]:
+    def _next_pixels(self, chunks: Iterator[Tensor], gauge: Gauge, record: Record) -> list[Pixels] | None:
+        """Of every result of the request, the next frames of a clip, or the picture; None after the last."""
+        with gauge.stage("decoding"):
+            decoded = next(chunks, None)
+            if decoded is None:
+                return None
+            record("pixels", decoded)
+            return to_pixels(decoded)
+
+    def _draw(self, job: Job, watch: Stopwatch, gauge: Gauge, record: Record) -> Generator[Event, None, Tensor]:
         """Yields progress and returns the finished latents; all that led to them is free when the decode begins."""
-        size, guidance, steps, text_length = self.prepare(request)
-        family, n = self.family, request.outputs_per_prompt
+        family, request, schedule = self.family, job.request, job.schedule
+        conditions = yield from self._encode(job, watch, gauge, record)
 
+        yield StageStarted("latent_preparation")
+        with watch.span("latent_preparation"), gauge.stage("latent_preparation"):
+            generators = [torch.Generator().manual_seed(seed) for seed in request.seeds()]
+            state = denoise.State.start(family.noise(job.size, generators), schedule)
+            noise = [family.noise(job.size, generators) for _ in range(schedule.noises)]
+        record("initial_latents", state.x)
+        record("timesteps", torch.tensor(schedule.timesteps))
+        yield StageFinished("latent_preparation")
+
+        yield StageStarted("denoising")
+        with watch.span("denoising"):
+            for phase in family.phases(schedule.timesteps, job.guidance):
+                timesteps = schedule.timesteps[phase.steps.start : phase.steps.stop]
+                with self.offload.on_device("denoiser", phase.denoiser):
+                    with gauge.stage("latent_preparation"):
+                        positive, *negative = [
+                            family.predictor(condition, job.size, job.guidance, timesteps, phase.denoiser)
+                            for condition in conditions
+                        ]
+                    against, execute = negative[0] if negative else None, self.graphs["denoising"]
+                    loop = denoise.integrate(
+                        state, schedule, phase.steps, positive, against, phase.scale, noise=noise, execute=execute
+                    )
+                    for i in phase.steps:
+                        with watch.span("denoise_step"), gauge.stage("denoising"):
+                            step = next(loop)
+                        record(f"prediction_{i}", step.velocity)
+                        yield StepDone(i + 1, schedule.steps)
+                    state = step.state
+            x = family.finished(state.x, conditions[0])
+        record("final_latents", state.x)
+        yield StageFinished("denoising")
+        return x
+
+    def _encode(
+        self, job: Job, watch: Stopwatch, gauge: Gauge, record: Record
+    ) -> Generator[Event, None, list[Condition]]:
+        """Yields progress and returns what the model is told: in the positive branch, and in the negative if there is
+        one."""
+        family, request, n = self.family, job.request, job.request.outputs_per_prompt
+        texts = [request.prompts]
+        if job.negative_prompt is not None:
+            texts.append((job.negative_prompt,) * len(request.prompts))
         yield StageStarted("text_encoding")
         with watch.span("text_encoding"), gauge.stage("text_encoding"), self.offload.on_device("text_encoder"):
             try:
-                encode, length = self.graphs["text_encoding"], text_length
-                condition = family.encode(request.prompts, length, encode).repeat(n)
-                negative = None
-                if request.negative_prompt is not None:
-                    unwanted = [request.negative_prompt] * len(request.prompts)
-                    negative = family.encode(unwanted, length, encode).repeat(n)
+                execute = self.graphs["text_encoding"]
+                conditions = [family.encode(text, job.text_length, execute).repeat(n) for text in texts]
             except PromptTooLong as e:
                 raise UserError(str(e)) from e
-        for name, tensor in condition.tensors.items():
-            record(name, tensor)
         yield StageFinished("text_encoding")
-
-        with ExitStack() as at_work:
-            yield StageStarted("latent_preparation")
-            with watch.span("latent_preparation"), gauge.stage("latent_preparation"):
-                at_work.enter_context(self.offload.on_device("denoiser"))  # to the end of the loop
-                x = family.noise(size, [torch.Generator().manual_seed(s) for s in request.seeds()])
-                sigmas = self.scheduler.sigmas(steps, family.image_tokens(size))
-                positive = family.predictor(condition, size, guidance, sigmas)
-                against = None if negative is None else family.predictor(negative, size, guidance, sigmas)
-            record("initial_latents", x)
-            record("timesteps", torch.tensor(sigmas[:-1]) * 1000)
-            yield StageFinished("latent_preparation")
-
-            yield StageStarted("denoising")
-            with watch.span("denoising"):
-                loop = denoise.euler(x, sigmas, positive, against, guidance.true_cfg, self.graphs["denoising"])
-                for i in range(steps):
-                    with watch.span("denoise_step"), gauge.stage("denoising"):
-                        step = next(loop)
-                    record(f"prediction_{i}", step.velocity)
-                    yield StepDone(i + 1, steps)
-                x = step.x
-            record("final_latents", x)
-            yield StageFinished("denoising")
-        return x
+        if job.pictures:
+            yield StageStarted("picture_encoding")
+            encoders = self.offload.on_device("image_encoder"), self.offload.on_device("vae")
+            with watch.span("picture_encoding"), gauge.stage("picture_encoding"), encoders[0], encoders[1]:
+                seen = family.encode_pictures(job.pictures, job.size).repeat(request.count)
+            conditions = [condition | seen for condition in conditions]
+            yield StageFinished("picture_encoding")
+        for name, tensor in conditions[0].tensors.items():
+            record(name, tensor)
+        return conditions
 
     @contextmanager
     def warming_up(self, shapes: int) -> Iterator[None]:
@@ -294,9 +308,9 @@ class NativePipeline:
         with capturing(self.graphs, shapes):
             yield
 
-    def account(self, request: Request, stages: Sequence[StageTime], total_ms: float) -> Accounting:
+    def account(self, job: Job, stages: Sequence[StageTime], total_ms: float) -> Accounting:
         """The times of a request's stages beside what this device could do. Raises as `Accountant.account`."""
-        return self.accountant.account(self.accountant.work(request, *self.prepare(request)), stages, total_ms)
+        return self.accountant.account(self.accountant.work(job), stages, total_ms)
 
     def memory_report(self, measured: Mapping[str, int]) -> MemoryReport | None:
         """Of the last run, if it was measured or had to fit."""
@@ -304,33 +318,22 @@ class NativePipeline:
             return None
         return self.memory.report(*self.last_run, measured)
 
-    def effective(self, request: Request) -> dict[str, Any]:
+    def effective(self, job: Job) -> dict[str, Any]:
         """What took effect, for the report."""
-        size, guidance, steps, text_length = self.prepare(request)
+        guidance = job.guidance
         used = {key: a.used or "not run" for key, a in self.attention.items()}
         return {
             "attention": {**used, **self.encoder_attention},
             "precision": {key: dtype_name(d) for key, d in self.plan.dtypes.items()},
             "vae": {"tiling": self.last_run is not None and self.last_run[1], "slicing": self.plan.vae_slicing},
             "compile": self.compiled,
-            "offload": self.offload.report(steps),
+            "offload": self.offload.report(job.steps),
             "cuda_graph": {stage: graphs.report() for stage, graphs in self.graphs.items()},
-            "guidance": {"embedded": guidance.embedded, "true_cfg": guidance.true_cfg},
-            "scheduler": type(self.scheduler).__name__,
-            "size": [size.height, size.width],
-            "num_inference_steps": steps,
-            "max_sequence_length": text_length,
+            "guidance": asdict(guidance),
+            "scheduler": type(self.sampler).__name__,
+            "size": [job.size.height, job.size.width],
+            "num_frames": job.size.frames,
+            "num_inference_steps": job.steps,
+            "max_sequence_length": job.text_length,
             "dummy_weights": self.folders is None,
         }
-
-
-def to_pixels(pictures_BCHW: Tensor) -> list[Pixels]:
-    """[-1, 1] -> rounded 8-bit pictures.
-
-    Raises:
-        RunFailure: not a number in a picture, as fp16 overflow gives.
-    """
-    if not torch.isfinite(pictures_BCHW).all():
-        raise RunFailure("the decoded pictures hold NaN or infinity; try a wider --precision")
-    unit = (pictures_BCHW.float() / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).cpu().numpy()
-    return list((unit * 255).round().astype(np.uint8))

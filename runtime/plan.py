@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import torch
 
-from sgl_diffusion.models.family import Size
+from sgl_diffusion.models.family import ENCODERS, Size
 from sgl_diffusion.runtime.args import ServerArgs, nearest
 from sgl_diffusion.runtime.errors import UserError
 
@@ -77,7 +77,7 @@ def make_plan(
     denoisers = [k for k, kind in kinds.items() if kind == "denoiser"]
     encoders = [k for k, kind in kinds.items() if kind == "text_encoder"]
     everywhere = DTYPES.get(args.precision, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    dtypes = {k: everywhere for k, kind in kinds.items() if kind in ("denoiser", "vae", "text_encoder", "model")}
+    dtypes = {k: everywhere for k, kind in kinds.items() if kind in ("denoiser", "vae", *ENCODERS, "model")}
     if args.dit_precision is not None:
         dtypes.update(dict.fromkeys(denoisers, DTYPES[args.dit_precision]))
     if args.vae_precision is not None:
@@ -203,7 +203,7 @@ def _check_offload_effects(args: ServerArgs, kinds: Mapping[str, str], offload: 
         raise UserError(f"dit_offload_prefetch_size={size:g}: expected 0, a share below 1, or a whole count")
     if args.pin_cpu_memory and set(offload.values()) == {"resident"}:
         raise UserError("pin_cpu_memory=true: no effect: no component is offloaded")
-    compiled = [k for k in kinds if offload[k] == "layerwise" and kinds[k] != "text_encoder"]
+    compiled = [k for k in kinds if offload[k] == "layerwise" and kinds[k] not in ENCODERS]
     if args.enable_torch_compile and compiled:
         raise UserError(f"enable_torch_compile=true: not with the layerwise offload of {compiled[0]}")
 

@@ -18,11 +18,10 @@ from sgl_diffusion.kernels.launch import compiling_only
 from sgl_diffusion.models.family import Defaults, Family, Guidance, Size
 from sgl_diffusion.runtime.args import OutputOptions, SamplingParams, ServerArgs
 from sgl_diffusion.runtime.blueprint import Blueprint
-from sgl_diffusion.runtime.denoise import euler
+from sgl_diffusion.runtime.denoise import State, integrate
 from sgl_diffusion.runtime.errors import UserError
 
 BATCHES = ((1, False), (2, True))  # with and without guidance
-SIGMAS = (1.0, 0.5, 0.0)
 
 
 def throw_away_requests(args: ServerArgs, like: SamplingParams) -> list[SamplingParams]:
@@ -54,30 +53,40 @@ def compile_kernels(blueprint: Blueprint) -> None:
 @torch.no_grad()
 def launch_all(blueprint: Blueprint, parts: Mapping[str, Any], size: Size, batch: int, *, guided: bool) -> None:
     """What a request launches, on shapes alone: a step and a decode, but for one in tiles, which are small pictures."""
-    family = blueprint.family(parts)
+    family, defaults = blueprint.family_of(parts), blueprint.defaults
     with torch.device("meta"):
         condition = blueprint.family.example(blueprint.configs).repeat(batch)
     x = family.noise(size, [torch.Generator()] * batch)
-    predictor = family.predictor(condition, size, Guidance(blueprint.defaults.guidance_scale), SIGMAS)
-    next(euler(x, SIGMAS, predictor, predictor if guided else None))
+    guidance = Guidance(defaults.guidance_scale)
+    schedule = blueprint.sampler().schedule(defaults.num_inference_steps, family.image_tokens(size))
+    state = State.start(x, schedule)
+    noise = [x] * schedule.noises
+    for phase in family.phases(schedule.timesteps, guidance):
+        timesteps = schedule.timesteps[phase.steps.start : phase.steps.stop]
+        predictor = family.predictor(condition, size, guidance, timesteps, phase.denoiser)
+        next(integrate(state, schedule, phase.steps, predictor, predictor if guided else None, noise=noise))
     if not blueprint.plan.tiles(size):
-        family.decode(x, size)
+        for chunk in family.decode(x, size):
+            del chunk
 
 
 def generic_sizes(blueprint: Blueprint, parts: Mapping[str, Any]) -> list[Size]:
     """The default size, smaller and larger ones, and of each neighbours whose rows or columns 2 does not divide."""
-    family, default = blueprint.family(parts), blueprint.defaults
-    step = next(p for p in (8, 16, 32, 64, 128) if _takes(family, Size(p, p, default.frames), default))
+    family, default = blueprint.family_of(parts), blueprint.defaults
+    step = next(p for p in (8, 16, 32, 64, 128) if _takes(family, Size(p, p, default.num_frames), default))
     sizes = []
     for factor in (1 / 16, 1 / 4, 1 / 2, 1.0, 2.0):
         height, width = (max(1, round(side * factor / step)) * step for side in (default.height, default.width))
-        sizes += [Size(h, w, default.frames) for h in (height, height | step) for w in (width, width | step)]
+        sizes += [Size(h, w, default.num_frames) for h in (height, height | step) for w in (width, width | step)]
     return sizes
 
 
 def _takes(family: Family, size: Size, defaults: Defaults) -> bool:
-    try:
-        family.check(size, Guidance(defaults.guidance_scale), defaults.max_sequence_length)
-    except ValueError:
-        return False
-    return True
+    """Whatever number of pictures it is given."""
+    for pictures in range(3):
+        try:
+            family.check(size, Guidance(defaults.guidance_scale), defaults.max_sequence_length, pictures)
+        except ValueError:
+            continue
+        return True
+    return False

@@ -13,18 +13,21 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sgl_diffusion.kernels.launch import rehearsing
-from sgl_diffusion.models.family import Condition, Execute, Family, Guidance, Size, Tensors, eager
+from sgl_diffusion.models.family import ENCODERS, Condition, Execute, Family, Guidance, Size, Tensors, eager
 from sgl_diffusion.models.text import HashTokenizer
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.blueprint import Blueprint
-from sgl_diffusion.runtime.denoise import euler
+from sgl_diffusion.runtime.denoise import State, integrate
 from sgl_diffusion.runtime.graphs import Graphs
 from sgl_diffusion.runtime.live_bytes import LiveBytes
-from sgl_diffusion.runtime.request import Request, settle
+from sgl_diffusion.runtime.pixels import quantised
+from sgl_diffusion.runtime.request import Job, Request, settle
+from sgl_diffusion.runtime.schedulers import Schedule
 from sgl_diffusion.runtime.tape import Tapes
 
 
@@ -37,27 +40,28 @@ class Workload:
     negative: bool
     size: Size
     guidance: Guidance = field(compare=False)
-    steps: int
+    schedule: Schedule
     text_length: int
     decode_only: bool  # the latents are there already
+    seen: tuple[tuple[int, int], ...] = ()  # sizes of given pictures
 
     @property
     def pictures(self) -> int:
         return self.prompts * self.outputs_per_prompt
 
     @classmethod
-    def of(
-        cls,
-        request: Request,
-        size: Size,
-        guidance: Guidance,
-        steps: int,
-        text_length: int,
-        *,
-        decode_only: bool = False,
-    ) -> Workload:
-        prompts, negative = len(request.prompts), request.negative_prompt is not None
-        return cls(prompts, request.outputs_per_prompt, negative, size, guidance, steps, text_length, decode_only)
+    def of(cls, job: Job, *, decode_only: bool = False) -> Workload:
+        return cls(
+            prompts=len(job.request.prompts),
+            outputs_per_prompt=job.request.outputs_per_prompt,
+            negative=job.negative_prompt is not None,
+            size=job.size,
+            guidance=job.guidance,
+            schedule=job.schedule,
+            text_length=job.text_length,
+            seen=tuple(picture.size for picture in job.pictures),
+            decode_only=decode_only,
+        )
 
 
 class FusedAttention(TorchFunctionMode):
@@ -127,18 +131,18 @@ class Rehearsal:
         }
         parts = self.blueprint.shape_only_parts(self.blueprint.attention_on(self.plan.device))
         for key, part in parts.items():
-            if kinds[key] == "text_encoder" and self.plan.dtypes[key] == torch.float16 and not self.dummy:
+            if kinds[key] in ENCODERS and self.plan.dtypes[key] == torch.float16 and not self.dummy:
                 _keep_in_fp32(part)
         return {**tokenizers, **parts}
 
     @cached_property
     def family(self) -> Family:
-        return self.blueprint.family(self.parts)
+        return self.blueprint.family_of(self.parts)
 
     def workload(self, request: Request, *, decode_only: bool = False) -> Workload:
         """Of a request to a model that may not be loaded yet. Raises UserError if the model cannot honour it."""
-        settled = settle(request, self.blueprint.defaults, self.family, self.blueprint.scheduler())
-        return Workload.of(request, *settled, decode_only=decode_only)
+        job = settle(request, self.blueprint.defaults, self.family, self.blueprint.sampler())
+        return Workload.of(job, decode_only=decode_only)
 
     def activations(self, work: Workload, tiling: bool) -> Mapping[str, int]:
         """Bytes of each stage beside the weights, what earlier stages left included."""
@@ -151,10 +155,11 @@ class Rehearsal:
         """Peaks of the stages before a decode, and what is left to it: the latents, and what a tape keeps."""
         if work not in self._drawn:
             live, encoding, conditions = self._live(), *self._encode(work)
-            execute: Execute = Graphs(Tapes()) if self.taped else OneStep(live)
-            preparing, denoising, x = self._denoise(work, conditions, execute, live)
-            peaks = {"text_encoding": encoding, "latent_preparation": preparing, "denoising": denoising}
-            self._drawn[work] = peaks, live.now
+            peaks = {"text_encoding": encoding}
+            if work.seen:
+                peaks["picture_encoding"], conditions = self._look(work, conditions)
+            peaks["latent_preparation"], peaks["denoising"], left = self._denoise(work, conditions, live)
+            self._drawn[work] = peaks, left
         return self._drawn[work]
 
     def _encode(self, work: Workload) -> tuple[int, list[Condition]]:
@@ -170,22 +175,48 @@ class Rehearsal:
             self._encoded[key] = live.peak, conditions
         return self._encoded[key]
 
-    def _denoise(
-        self, work: Workload, conditions: Sequence[Condition], execute: Execute, live: LiveBytes
-    ) -> tuple[int, int, Tensor]:
-        """Peaks of the preparation and of the loop, and the final latents."""
-        sigmas = [1 - i / work.steps for i in range(work.steps + 1)]
+    def _look(self, work: Workload, conditions: Sequence[Condition]) -> tuple[int, list[Condition]]:
+        """The peak of the given pictures' encoding, and the conditions with what it gives."""
+        live = self._live()
         with live.rising():
-            given = [Condition({k: torch.empty_like(v) for k, v in c.tensors.items()}) for c in conditions]
-            x = self.family.noise(work.size, [torch.Generator()] * work.pictures)
-            predictors = [self.family.predictor(condition, work.size, work.guidance, sigmas) for condition in given]
-        preparing = live.peak
+            given = [_like(condition) for condition in conditions]
+            pictures = [Image.new("RGB", size) for size in work.seen]
+            seen = self.family.encode_pictures(pictures, work.size).repeat(work.pictures)
+        return live.peak, [condition | seen for condition in given]
+
+    def _denoise(self, work: Workload, conditions: Sequence[Condition], live: LiveBytes) -> tuple[int, int, int]:
+        """Peaks of the preparation and of the loop, and what stays: the final latents, and what tapes keep."""
+        family, generators = self.family, [torch.Generator()] * work.pictures
+        preparing = denoising = 0
+        taped = Graphs(Tapes())
         with live.rising():
-            negative = predictors[1] if work.negative else None
-            loop = euler(x, sigmas, predictors[0], negative, work.guidance.true_cfg, execute)
-            for _ in range(min(work.steps, 2)):  # the second holds what the first left; so do those that follow
-                step = next(loop)
-        return preparing, live.peak, step.x
+            given = [_like(condition) for condition in conditions]
+            state = State.start(family.noise(work.size, generators), work.schedule)
+            noise = [family.noise(work.size, generators) for _ in range(work.schedule.noises)]
+        for phase in family.phases(work.schedule.timesteps, work.guidance):
+            execute: Execute = taped if self.taped else OneStep(live)
+            with live.rising():
+                timesteps = work.schedule.timesteps[phase.steps.start : phase.steps.stop]
+                positive, *negative = [
+                    family.predictor(condition, work.size, work.guidance, timesteps, phase.denoiser)
+                    for condition in given
+                ]
+            preparing = max(preparing, live.peak)
+            with live.rising():
+                against = negative[0] if negative else None
+                loop = integrate(
+                    state, work.schedule, phase.steps, positive, against, phase.scale, noise=noise, execute=execute
+                )
+                for _ in phase.steps[:2]:  # the second holds what the first left; so do those that follow
+                    state = next(loop).state
+            denoising = max(denoising, live.peak)
+            del loop, positive, negative, against
+        with live:
+            x = family.finished(state.x, given[0])
+        del given, state, noise
+        left = live.now
+        del x, taped  # not before they are counted
+        return preparing, denoising, left
 
     def _decode(self, size: Size, pictures: int, tiling: bool) -> tuple[int, int]:
         """Bytes of the latents, and how far their decode rises above what is there when it begins."""
@@ -197,12 +228,18 @@ class Rehearsal:
                 x = self.family.noise(size, [torch.Generator()] * pictures)
             latents = live.now
             with live.rising():
-                self.family.decode(x, size)
+                for chunk in self.family.decode(x, size):
+                    quantised(chunk)
+                    del chunk
             self._decoded[key] = latents, live.peak - latents
         return self._decoded[key]
 
     def _live(self) -> LiveBytes:
         return LiveBytes("meta", self.granularity)
+
+
+def _like(condition: Condition) -> Condition:
+    return Condition({name: torch.empty_like(tensor) for name, tensor in condition.tensors.items()})
 
 
 def _keep_in_fp32(encoder: Any) -> None:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from PIL.Image import Image
+
 from sgl_diffusion.models.family import Defaults, Family, Guidance, Size
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.schedulers import FlowMatchEuler
+from sgl_diffusion.runtime.pictures import read_pictures
+from sgl_diffusion.runtime.schedulers import Sampler, Schedule
 
 DEFAULT_SEED = 42
 
@@ -43,8 +46,8 @@ class Request:
 
 # fields of SamplingParams that say how to sample, as opposed to what to draw and where to save it
 SAMPLING_FIELDS = (
-    "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "true_cfg_scale",
-    "max_sequence_length", "image_path",
+    "height", "width", "num_frames", "fps", "num_inference_steps", "guidance_scale", "guidance_scale_2",
+    "true_cfg_scale", "flow_shift", "max_sequence_length", "image_path",
 )  # fmt: skip
 
 
@@ -79,33 +82,97 @@ def resolve_request(params: SamplingParams, checkpoint_defaults: Mapping[str, An
     )
 
 
-def settle(
-    request: Request, defaults: Defaults, family: Family, scheduler: FlowMatchEuler
-) -> tuple[Size, Guidance, int, int]:
-    """Size, guidance, steps and text length of a request to a native family; its weights are not touched.
+@dataclass(frozen=True)
+class Job:
+    """A request as a native family will run it.
+
+    Attributes:
+        negative_prompt: of the negative branch; None without one.
+        pictures: that the model looks at.
+        fps: of a clip; None for a picture.
+    """
+
+    request: Request
+    size: Size
+    guidance: Guidance
+    schedule: Schedule
+    text_length: int
+    negative_prompt: str | None
+    pictures: tuple[Image, ...]
+    fps: int | None
+
+    @property
+    def steps(self) -> int:
+        return self.schedule.steps
+
+
+def settle(request: Request, defaults: Defaults, family: Family, sampler: Sampler) -> Job:
+    """What a request comes to with a native family, whose weights are not touched.
 
     Raises:
         UserError: anything this family or checkpoint cannot honour.
     """
-    for name in ("num_frames", "fps", "image_path"):
-        if name in request.given:
-            raise UserError(f"{name}={request.given[name]}: this model draws pictures from text alone")
     if request.diffusers_kwargs:
         raise UserError(f"diffusers_kwargs={dict(request.diffusers_kwargs)}: needs --backend diffusers")
-    chosen = replace(defaults, **{k: v for k, v in request.given.items() if hasattr(defaults, k)})
-    true_cfg = request.given.get("true_cfg_scale", 1.0)
-    if true_cfg > 1 and request.negative_prompt is None:
-        raise UserError(f"true_cfg_scale={true_cfg}: needs a negative_prompt (it may be empty)")
-    if true_cfg <= 1 and request.negative_prompt is not None:
-        raise UserError("negative_prompt: has no effect without true_cfg_scale above 1")
-    size = Size(chosen.height, chosen.width)
-    guidance = Guidance(chosen.guidance_scale, true_cfg)
+    given = request.given
+    if "fps" in given and not family.draws_video:
+        raise UserError(f"fps={given['fps']}: this model draws pictures")
+    chosen = replace(defaults, **{k: v for k, v in given.items() if hasattr(defaults, k)})
+    guidance, negative = (_classifier_free if family.classifier_free else _embedded)(request, chosen)
+    size = Size(chosen.height, chosen.width, chosen.num_frames)
+    paths = given.get("image_path", ())
     try:
-        family.check(size, guidance, chosen.max_sequence_length)
-        scheduler.sigmas(chosen.num_inference_steps, family.image_tokens(size))
+        family.check(size, guidance, chosen.max_sequence_length, len(paths))
+        if (shift := given.get("flow_shift")) is not None:
+            sampler = sampler.with_shift(shift)
+        schedule = sampler.schedule(chosen.num_inference_steps, family.image_tokens(size))
     except ValueError as e:
         raise UserError(str(e)) from e
-    return size, guidance, chosen.num_inference_steps, chosen.max_sequence_length
+    pictures = tuple(read_pictures(paths)) if paths else ()
+    return Job(request, size, guidance, schedule, chosen.max_sequence_length, negative, pictures, chosen.fps)
+
+
+def spelled_out(job: Job, family: Family) -> dict[str, Any]:
+    """The sampling fields that make diffusers, which has defaults of its own, do the same."""
+    guidance, given = job.guidance, job.request.given
+    fields: dict[str, Any] = {
+        "height": job.size.height,
+        "width": job.size.width,
+        "num_inference_steps": job.steps,
+        "max_sequence_length": job.text_length,
+        "guidance_scale": guidance.true_cfg if family.classifier_free else guidance.embedded,
+        "guidance_scale_2": guidance.true_cfg_2,
+        "true_cfg_scale": None if family.classifier_free or guidance.true_cfg <= 1 else guidance.true_cfg,
+        "num_frames": job.size.frames if family.draws_video else None,
+        "image_path": given.get("image_path"),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _embedded(request: Request, chosen: Defaults) -> tuple[Guidance, str | None]:
+    """`guidance_scale` is fed to the model; `true_cfg_scale` is that of a negative branch, which is asked for."""
+    true_cfg, negative = request.given.get("true_cfg_scale", 1.0), request.negative_prompt
+    if "guidance_scale_2" in request.given:
+        raise UserError(f"guidance_scale_2={request.given['guidance_scale_2']}: this model has one denoiser")
+    if true_cfg > 1 and negative is None:
+        raise UserError(f"true_cfg_scale={true_cfg}: needs a negative_prompt (it may be empty)")
+    if true_cfg <= 1 and negative is not None:
+        raise UserError("negative_prompt: has no effect without true_cfg_scale above 1")
+    return Guidance(chosen.guidance_scale, true_cfg), negative
+
+
+def _classifier_free(request: Request, chosen: Defaults) -> tuple[Guidance, str | None]:
+    """`guidance_scale` is that of a negative branch, of an empty prompt where none is given."""
+    if "true_cfg_scale" in request.given:
+        raise UserError(f"true_cfg_scale={request.given['true_cfg_scale']}: this model's is called guidance_scale")
+    scale = 1.0 if chosen.guidance_scale is None else chosen.guidance_scale
+    if scale > 1:
+        return Guidance(None, scale, chosen.guidance_scale_2), request.negative_prompt or ""
+    if request.negative_prompt is not None:
+        raise UserError(f"negative_prompt: has no effect with guidance_scale={scale:g}; expected above 1")
+    if "guidance_scale_2" in request.given:
+        raise UserError(f"guidance_scale_2: has no effect with guidance_scale={scale:g}; expected above 1")
+    return Guidance(None), None
 
 
 def _prompts(params: SamplingParams) -> tuple[str, ...]:

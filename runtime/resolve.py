@@ -14,9 +14,9 @@ from typing import Any
 
 from sgl_diffusion.models.catalog import FAMILIES
 from sgl_diffusion.models.config import ConfigError
-from sgl_diffusion.models.family import Defaults, Family
+from sgl_diffusion.models.family import SETTINGS, Defaults, Family
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
-from sgl_diffusion.runtime.blueprint import Blueprint
+from sgl_diffusion.runtime.blueprint import Blueprint, kinds_of
 from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.memory import MemoryPlanner
@@ -73,7 +73,7 @@ def resolve(args: ServerArgs, requests: Sequence[SamplingParams] = ()) -> Resolv
 
 def presets() -> list[str]:
     """Hub ids whose shapes are built in, for `load_format="dummy"`."""
-    return [name for pipeline_class in FAMILIES for name in _family(pipeline_class).presets()]
+    return list(dict.fromkeys(name for pipeline_class in FAMILIES for name in _family(pipeline_class).presets()))
 
 
 def _resolve_checkpoint(args: ServerArgs, requests: Sequence[SamplingParams]) -> Resolved:
@@ -107,18 +107,19 @@ def _resolve_dummy(args: ServerArgs, requests: Sequence[SamplingParams]) -> Reso
         if args.component_paths:
             raise UserError(f"component_paths={args.component_paths}: no effect on the dummy weights of a preset")
         family = _family(pipeline_class)
-        configs, defaults = family.presets()[name].components, family.presets()[name].defaults
+        preset = family.presets()[name]
+        configs, defaults, pipeline_class = preset.components, preset.defaults, preset.pipeline_class
     elif name == EMBEDDED or Path(name).expanduser().is_dir():
         checkpoint = open_checkpoint(name, None, args.component_paths)
         pipeline_class = checkpoint.pipeline_class
         if pipeline_class not in FAMILIES:
             raise UserError(f"load_format=dummy: {pipeline_class} has no native implementation")
         family = _family(pipeline_class)
-        configs = {key: checkpoint.config(key) for key in family.components()}
+        configs = _configs(checkpoint, family)
         defaults = family.defaults(configs)
     else:
         raise UserError(f"model_path={name}: load_format=dummy needs a config folder or one of {', '.join(presets())}")
-    native, kinds = args.backend != "diffusers", family.components()
+    native = args.backend != "diffusers"
     try:
         sampling_defaults = checkpoint.sampling_defaults if checkpoint else {}
         asked = [resolve_request(params, sampling_defaults, args) for params in requests]
@@ -127,7 +128,7 @@ def _resolve_dummy(args: ServerArgs, requests: Sequence[SamplingParams]) -> Reso
         raise UserError(f"load_format=dummy: {e}") from e
     plan, blueprint = memory.plan, memory.blueprint
     planned = memory if native else None
-    return Resolved(pipeline_class, native, why, kinds, plan, blueprint, planned, checkpoint, dummy=True)
+    return Resolved(pipeline_class, native, why, blueprint.kinds, plan, blueprint, planned, checkpoint, dummy=True)
 
 
 def _refusal(args: ServerArgs, pipeline_class: str) -> str | None:
@@ -147,16 +148,21 @@ def _native_memory(
     checkpoint: Checkpoint, args: ServerArgs, pipeline_class: str, requests: Sequence[SamplingParams]
 ) -> MemoryPlanner:
     family = _family(pipeline_class)
-    kinds = family.components()
-    if missing := [k for k in kinds if k not in checkpoint.folders]:
+    if missing := [k for k in family.components() if k not in checkpoint.folders and k not in family.optional()]:
         raise ConfigError(f"{pipeline_class} without component {missing[0]}")
-    configs = {key: checkpoint.config(key) for key in kinds}
+    configs = _configs(checkpoint, family)
     preset = family.presets().get(args.model_id or "")
     if args.model_id is not None and preset is None:
         raise UserError(f"model_id={args.model_id}: expected one of {', '.join(family.presets())}")
     defaults = preset.defaults if preset else family.defaults(configs)
     asked = [resolve_request(params, checkpoint.sampling_defaults, args) for params in requests]
     return _plan(args, family, configs, defaults, asked, native=True)
+
+
+def _configs(checkpoint: Checkpoint, family: type[Family]) -> dict[str, Mapping[str, Any]]:
+    """Of the components there are, and the settings of the whole."""
+    configs = {key: checkpoint.config(key) for key in family.components() if key in checkpoint.folders}
+    return {**configs, SETTINGS: checkpoint.settings}
 
 
 def _plan(
@@ -182,7 +188,8 @@ def _plan(
         rehearsal = memory.rehearsal
         return memory.choose_offload(ways, [rehearsal.workload(request) for request in requests])
 
-    plan = make_plan(args, family.components(), native=native, choose_offload=choose_offload)
+    kinds = kinds_of(family, configs)
+    plan = make_plan(args, kinds, native=native, choose_offload=choose_offload)
     blueprint = Blueprint(family, configs, defaults, plan, vae_options)
     if native:
         blueprint.check()

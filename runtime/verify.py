@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.pipeline import NativePipeline
 from sgl_diffusion.runtime.report import versions
-from sgl_diffusion.runtime.request import resolve_request
+from sgl_diffusion.runtime.request import resolve_request, spelled_out
 from sgl_diffusion.runtime.trace import Stopwatch
 
 # largest |difference| allowed, relative to the std of diffusers' tensor
@@ -73,31 +73,31 @@ def verify(args: ServerArgs, params: SamplingParams, tolerance: float | None = N
     if not isinstance(native.backend, NativePipeline) or not isinstance(judge.backend, DiffusersPipeline):
         raise UserError(f"model_path={args.model_path}: load_format={args.load_format} leaves nothing to compare")
     request = resolve_request(params, native.model.sampling_defaults, args)
-    # diffusers has defaults of its own: both sides get the native ones, spelled out
-    size, guidance, steps, length = native.backend.prepare(request)
-    given: dict[str, Any] = {
-        "height": size.height,
-        "width": size.width,
-        "num_inference_steps": steps,
-    }
-    if "max_sequence_length" in judge.backend.call_arguments:
-        given["max_sequence_length"] = length
-    if guidance.embedded is not None:
-        given["guidance_scale"] = guidance.embedded
-    if guidance.true_cfg > 1:
-        given["true_cfg_scale"] = guidance.true_cfg
-    request = type(request)(**{**request.__dict__, "given": given})
+    job = native.backend.prepare(request)
+    given = spelled_out(job, native.backend.family)
+    if "max_sequence_length" not in judge.backend.call_arguments:
+        del given["max_sequence_length"]
+    asked = replace(request, given=given)
 
     ours: dict[str, Tensor] = {}
-    _drain(native.backend.run(request, Stopwatch(native.device), lambda name, t: ours.__setitem__(name, t.clone())))
+    chunks: list[Tensor] = []
+
+    def record(name: str, tensor: Tensor) -> None:
+        if name == "pixels":
+            chunks.append(tensor.clone())
+        else:
+            ours[name] = tensor.clone()
+
+    _drain(native.backend.run(job, Stopwatch(native.device), record))
+    ours["pixels"] = torch.cat(chunks, dim=2) if native.backend.draws_video else chunks[0]
     with Eavesdropper(judge.backend) as theirs:
-        _drain(judge.backend.run(request, Stopwatch(judge.device)))
+        _drain(judge.backend.run(asked, Stopwatch(judge.device)))
 
     dtype = next(native.backend.parts[k].parameters().__next__().dtype for k in native.backend.attention)
     bound = TOLERANCE[dtype] if tolerance is None else tolerance
-    middle = f"prediction_{steps // 2}"
+    middle = f"prediction_{job.steps // 2}"
     names = [n for n in ours if not n.startswith("prediction_")]
-    predictions = dict.fromkeys(["prediction_0", middle, f"prediction_{steps - 1}"])
+    predictions = dict.fromkeys(["prediction_0", middle, f"prediction_{job.steps - 1}"])
     at = names.index("final_latents")
     rows = tuple(_compare(n, ours[n], theirs.seen[n], bound) for n in [*names[:at], *predictions, *names[at:]])
     settings = {
@@ -151,6 +151,7 @@ class Eavesdropper:
         step, decode = pipe.scheduler.step, pipe.vae.decode
 
         def heard_step(model_output: Tensor, timestep: Any, sample: Tensor, **kwargs: Any) -> Any:
+            self.seen.setdefault("initial_latents", sample.clone())
             self.seen[f"prediction_{len(self.timesteps)}"] = model_output.clone()
             self.timesteps.append(float(timestep))
             result = step(model_output, timestep, sample, **kwargs)
@@ -167,10 +168,15 @@ class Eavesdropper:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        """What a denoiser sees of given pictures is beside the state, in more channels, or is its first frame."""
         self.undo.close()
-        self.seen["timesteps"] = torch.tensor(self.timesteps)
+        seen = self.seen
+        seen["timesteps"] = torch.tensor(self.timesteps)
+        C, given = seen["initial_latents"].shape[1], seen["hidden_states"]
+        seen["latent_condition"] = given[:, C:] if given.shape[1] > C else given[:, :, :1]
+        if (pictures := seen.get("encoder_hidden_states_image")) is not None:  # several of a clip are a batch there
+            seen["encoder_hidden_states_image"] = pictures.reshape(len(given), -1, pictures.shape[-1])
 
     def _denoiser_called(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if "initial_latents" not in self.seen:
-            self.seen["initial_latents"] = kwargs["hidden_states"].clone()
+        if not self.timesteps and "timestep" not in self.seen:
             self.seen.update({k: v.clone() for k, v in kwargs.items() if isinstance(v, Tensor)})

@@ -17,7 +17,7 @@ from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.denoise import EulerStep
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.graphs import CAPACITY, REFUSALS, STAGES, Graphs, capturing, make_graphs
+from sgl_diffusion.runtime.graphs import CAPACITY, CAPTURED, REFUSALS, Graphs, capturing, make_graphs
 
 CPU = torch.device("cpu")
 
@@ -64,7 +64,7 @@ def engine() -> Engine:
 
 
 def graphed(engine: Engine, recorder: Any, why_not: str = "") -> dict[str, Graphs]:
-    graphs = {stage: Graphs(recorder, why_not) for stage in STAGES}
+    graphs = {stage: Graphs(recorder, why_not) for stage in CAPTURED}
     engine.backend.graphs = graphs  # type: ignore[union-attr]
     return graphs
 

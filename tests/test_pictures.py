@@ -22,9 +22,10 @@ from diffusers.utils import load_image
 from diffusers.video_processor import VideoProcessor
 from PIL import Image
 
+from sgl_diffusion.models.pictures import area_size, fit
 from sgl_diffusion.runtime import pictures
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.pictures import area_size, fit, read_pictures
+from sgl_diffusion.runtime.pictures import read_pictures
 
 SGLANG = Path(sys.executable).with_name("sglang")
 ORIENTATION = 0x0112

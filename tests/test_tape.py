@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sgl_diffusion.runtime import tape
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine
-from sgl_diffusion.runtime.graphs import STAGES, Graphs, capturing
+from sgl_diffusion.runtime.graphs import CAPTURED, Graphs, capturing
 from sgl_diffusion.runtime.tape import Tapes
 
 PROMPTS = ["a red circle on a blue background", "a white cross above a black triangle on a red background"]
@@ -126,9 +126,9 @@ def pictures(engine: Engine, **more: Any) -> tuple[list[np.ndarray], dict[str, A
 @pytest.mark.parametrize("more", [{}, {"negative_prompt": "", "true_cfg_scale": 2.0}, {"num_outputs_per_prompt": 2}])
 def test_every_stage_taped_draws_the_same_bytes(engine: Engine, more: dict[str, Any]) -> None:
     backend: Any = engine.backend
-    backend.graphs = {stage: Graphs(Tapes(), "eager") for stage in STAGES}
+    backend.graphs = {stage: Graphs(Tapes(), "eager") for stage in CAPTURED}
     want, _ = pictures(engine, **more)
-    backend.graphs = {stage: Graphs(Tapes()) for stage in STAGES}
+    backend.graphs = {stage: Graphs(Tapes()) for stage in CAPTURED}
     with capturing(backend.graphs, shapes=1):
         warmed, _ = pictures(engine, **more)
     got, stages = pictures(engine, **more)

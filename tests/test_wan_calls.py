@@ -69,7 +69,7 @@ def taken_apart(inputs: dict[str, Tensor], held: bool) -> tuple[Tensor, Conditio
     """State and condition, from what diffusers' pipeline put together."""
     x, given = inputs["hidden_states"], {"encoder_hidden_states": inputs["encoder_hidden_states"]}
     if (images := inputs.get("encoder_hidden_states_image")) is not None:
-        given["image_embeds"] = images.flatten(0, 1)[None]
+        given["encoder_hidden_states_image"] = images.flatten(0, 1)[None]
     if x.shape[1] == 36:
         x, given["latent_condition"] = x[:, :16].contiguous(), x[:, 16:]
     elif held:

@@ -87,7 +87,7 @@ def condition(variant: str, size: Size, batch: int) -> Condition:
     tensors, f = {"encoder_hidden_states": text}, 16 if "out_channels" in config else 8
     latent_size = ((size.frames - 1) // 4 + 1, size.height // f, size.width // f)
     if kind.pictures:
-        tensors["image_embeds"] = torch.randn(batch, kind.pictures * IMAGE_TOKENS, IMAGE_DIM, generator=generator)
+        tensors["encoder_hidden_states_image"] = torch.randn(batch, kind.pictures * IMAGE_TOKENS, IMAGE_DIM, generator=generator)
     if config.get("in_channels") == 36:
         mask = torch.zeros(batch, 4, *latent_size)
         mask[:, :, [0, -1] if kind.pictures == 2 else 0] = 1
@@ -110,7 +110,7 @@ def called_by_diffusers(variant: str, given: Mapping[str, Tensor], x: Tensor, t:
     inputs = {"hidden_states": x, "timestep": torch.full((len(x),), t)}
     inputs["encoder_hidden_states"] = given["encoder_hidden_states"]
     if kind.pictures:
-        inputs["encoder_hidden_states_image"] = given["image_embeds"].view(-1, IMAGE_TOKENS, IMAGE_DIM)
+        inputs["encoder_hidden_states_image"] = given["encoder_hidden_states_image"].view(-1, IMAGE_TOKENS, IMAGE_DIM)
     if x.shape[1] == 48:
         mask = torch.ones(1, 1, *x.shape[2:])
         if kind.begins:

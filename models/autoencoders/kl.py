@@ -278,3 +278,15 @@ class AutoencoderKL(nn.Module):
         if self.config.use_post_quant_conv:
             z = self.post_quant_conv(z)
         return self.decoder(z)
+
+
+@dataclass(frozen=True)
+class Decode:
+    """A pure function of latents, equal for one autoencoder and way to decode: it can be captured."""
+
+    vae: AutoencoderKL
+    tiling: bool
+    slicing: bool
+
+    def __call__(self, z_BCHW: Tensor) -> tuple[Tensor]:
+        return (self.vae.decode(z_BCHW),)

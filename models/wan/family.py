@@ -1,9 +1,9 @@
-"""`WanPipeline` and `WanImageToVideoPipeline`, as far as the denoisers go.
+"""`WanPipeline` and `WanImageToVideoPipeline`: clips from a prompt, from a first frame, or from a first and a last.
 
 Tensors of a condition, by name:
 
 - `encoder_hidden_states` (B, T, text_dim): of the text encoder, zeros after the prompt's end.
-- `image_embeds` (B, tokens, image_dim): of the image encoder, for models that look at it (`image_dim`): 257 tokens of
+- `encoder_hidden_states_image` (B, tokens, image_dim): of the image encoder, for models that look at it (`image_dim`): 257 tokens of
   the first picture and, for a model of first and last frame, 257 more of the last.
 - `latent_condition`: (B, 4 + C, F, Y, X), masks and latents, for models with channels for them; (B, C, 1, Y, X), the
   first frame's latents, for Wan2.2 TI2V if it begins with a picture. Normalised, as the state is.
@@ -12,51 +12,78 @@ Tensors of a condition, by name:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from sgl_diffusion.models.autoencoders.wan import FRAMES_PER_LATENT, AutoencoderKLWan, WanVaeConfig
-from sgl_diffusion.models.family import AttentionFn, Condition, Defaults, Guidance, Predictor, Preset, Size
+from sgl_diffusion.models.config import read_config
+from sgl_diffusion.models.family import (
+    SETTINGS,
+    AttentionFn,
+    Condition,
+    Defaults,
+    Execute,
+    Guidance,
+    Phase,
+    Predictor,
+    Preset,
+    Size,
+    eager,
+)
+from sgl_diffusion.models.pictures import fit
+from sgl_diffusion.models.text import umt5_hidden, vision_hidden
 from sgl_diffusion.models.wan.presets import PRESETS, WAN21_480P
-from sgl_diffusion.models.wan.transformer import PATCH, WanConfig, WanTransformer
+from sgl_diffusion.models.wan.transformer import PATCH, WanConfig, WanTransformer, hold_first_frame
 
 DENOISERS = ("transformer", "transformer_2")  # of much noise, and of little where there are two
 TIMESTEPS = 1000  # of all noise
 PIXELS = {16: 8, 48: 16}  # that one latent covers per side, by channels: of the two published autoencoders
+MAX_TEXT = 512  # tokens of a prompt
 IMAGE_TOKENS = 257  # of a picture in the image encoder
 
 
-def phases(timesteps: Sequence[float], boundary_ratio: float | None) -> list[tuple[str, range]]:
-    """Which denoiser takes which steps, in order.
+@dataclass(frozen=True)
+class Settings:
+    """Of `model_index.json`."""
 
-    Args:
-        timesteps: in thousandths, of all steps.
-        boundary_ratio: of `model_index.json`: `transformer` takes timesteps from this share of all on, `transformer_2`
-            those below it; None where there is one denoiser.
-    """
-    boundary = -math.inf if boundary_ratio is None else boundary_ratio * TIMESTEPS
-    runs, start = [], 0
-    for noisy, run in groupby(timesteps, key=lambda t: t >= boundary):
-        stop = start + len(list(run))
-        runs.append((DENOISERS[0 if noisy else 1], range(start, stop)))
-        start = stop
-    return runs
+    boundary_ratio: float | None = None  # `transformer` takes timesteps from this share of all on, the second the rest
+    expand_timesteps: bool = False  # one for every token
 
 
 class Wan:
-    """One denoiser or two; parts that a checkpoint lacks are None."""
+    """One denoiser or two; parts that a checkpoint lacks are None or not there."""
+
+    draws_video = classifier_free = True
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
+        self.parts = parts
         self.denoisers: dict[str, WanTransformer] = {key: parts[key] for key in DENOISERS if parts.get(key) is not None}
+        self.config = next(iter(self.denoisers.values())).config
+        self.vae: AutoencoderKLWan = parts.get("vae")  # type: ignore[assignment] # missing where a denoiser is counted
+        self.settings = read_config(Settings, parts.get(SETTINGS, {}))
 
     @classmethod
     def components(cls) -> Mapping[str, str]:
-        """The second denoiser is Wan2.2 A14B's alone."""
-        return dict.fromkeys(DENOISERS, "denoiser")
+        return {
+            **dict.fromkeys(DENOISERS, "denoiser"),
+            "vae": "vae",
+            "text_encoder": "text_encoder",
+            "tokenizer": "tokenizer",
+            "image_encoder": "image_encoder",
+            "image_processor": "image_processor",
+            "scheduler": "scheduler",
+        }
+
+    @classmethod
+    def optional(cls) -> frozenset[str]:
+        """The second denoiser is Wan2.2 A14B's; Wan2.1 looks at pictures through an encoder."""
+        return frozenset({"transformer_2", "image_encoder", "image_processor"})
 
     @classmethod
     def presets(cls) -> Mapping[str, Preset]:
@@ -71,7 +98,8 @@ class Wan:
         options: Mapping[str, Any],
     ) -> nn.Module:
         if component == "vae":
-            return AutoencoderKLWan(WanVaeConfig.read(config), attention, **options)
+            # pictures are given to most of these models, and an encoder is small beside them
+            return AutoencoderKLWan(WanVaeConfig.read(config), attention, **{**options, "with_encoder": True})
         return WanTransformer(WanConfig.read(config), attention)
 
     @classmethod
@@ -87,7 +115,7 @@ class Wan:
         config = WanConfig.read(configs["transformer"])
         shapes = {"encoder_hidden_states": (1, cls.defaults(configs).max_sequence_length, config.text_dim)}
         if config.image_dim is not None:
-            shapes["image_embeds"] = (1, config.pos_embed_seq_len or IMAGE_TOKENS, config.image_dim)
+            shapes["encoder_hidden_states_image"] = (1, config.pos_embed_seq_len or IMAGE_TOKENS, config.image_dim)
         tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         if config.condition_channels:
             tensors["latent_condition"] = torch.zeros(1, config.condition_channels, 1, 1, 1)
@@ -101,7 +129,7 @@ class Wan:
         config, given = WanConfig.read(configs["transformer"]), condition.tensors
         C, *latent_size = _latent_shape(config, size)
         tokens = math.prod(latent_size) // math.prod(PATCH)
-        images = given.get("image_embeds")
+        images = given.get("encoder_hidden_states_image")
         if images is not None and config.pos_embed_seq_len:
             images = images.unflatten(1, (2, -1)).flatten(0, 1)  # first and last frame are two of the batch
         return {
@@ -117,6 +145,90 @@ class Wan:
         shape = (1, *_latent_shape(model.config, size))
         x = torch.cat([torch.randn(shape, generator=g, dtype=torch.float32) for g in generators])
         return x.to(model.proj_out.weight.device)
+
+    def check(self, size: Size, guidance: Guidance, max_sequence_length: int, pictures: int) -> None:
+        side = PIXELS[self.config.state_channels] * PATCH[1]
+        for name, n, first, step in (
+            ("height", size.height, side, side),
+            ("width", size.width, side, side),
+            ("num_frames", size.frames, 1, FRAMES_PER_LATENT),
+        ):
+            if (n - first) % step or n < first:
+                below = first + max(0, (n - first) // step) * step
+                nearest = f"{below} or {below + step}" if n > first else str(first)
+                rule = f"a multiple of {step}" if first == step else f"{step} k + {first}"
+                raise ValueError(f"{name}={n}: must be {rule}; nearest: {nearest}")
+        if max_sequence_length > MAX_TEXT:
+            raise ValueError(f"max_sequence_length={max_sequence_length}: at most {MAX_TEXT}")
+        if guidance.true_cfg_2 is not None and len(self.denoisers) == 1:
+            raise ValueError(f"guidance_scale_2={guidance.true_cfg_2}: this checkpoint has one denoiser")
+        taken = self._pictures()
+        if pictures not in taken:
+            *some, last = map(str, taken)
+            expected = f"{', '.join(some)} or {last}" if some else last
+            raise ValueError(f"image_path: {pictures} given; this checkpoint takes {expected}")
+
+    def _pictures(self) -> Sequence[int]:
+        """How many may be given: a first frame, or a first and a last."""
+        if not self.config.condition_channels:
+            return (0, 1) if self.settings.expand_timesteps else (0,)
+        if self.config.image_dim is None:
+            return (1, 2)
+        return (2,) if self.config.pos_embed_seq_len else (1,)
+
+    def encode(self, prompts: Sequence[str], max_sequence_length: int, execute: Execute = eager) -> Condition:
+        p = self.parts
+        hidden = umt5_hidden(p["tokenizer"], p["text_encoder"], prompts, max_sequence_length, execute)
+        return Condition({"encoder_hidden_states": hidden})
+
+    def encode_pictures(self, pictures: Sequence[Image], size: Size, execute: Execute = eager) -> Condition:
+        """The first frame, and the last if there are two."""
+        tensors, weight = {}, self.vae.decoder.conv_in.weight
+        if self.config.image_dim is not None:
+            seen = vision_hidden(self.parts["image_processor"], self.parts["image_encoder"], pictures, execute)
+            tensors["encoder_hidden_states_image"] = seen.flatten(0, 1)[None]
+        frames = 1 if self.settings.expand_timesteps else size.frames
+        clip = torch.zeros(1, 3, frames, size.height, size.width)
+        given = torch.zeros(frames)
+        for place, picture in zip((0, -1), pictures, strict=False):
+            clip[:, :, place], given[place] = fit(picture, size.height, size.width), 1
+        mean, _ = self.vae.encode(clip.to(weight.device, weight.dtype))
+        latents = self.vae.normalise(mean.float())
+        if not self.settings.expand_timesteps:
+            # a mask of each of the frames that a latent one stands for; the first stands for one frame, four times
+            mask_T4 = torch.cat([given[:1].expand(FRAMES_PER_LATENT - 1), given]).unflatten(0, (-1, FRAMES_PER_LATENT))
+            mask = mask_T4.T[None, :, :, None, None].expand(-1, -1, -1, *latents.shape[3:])
+            latents = torch.cat([mask.to(latents.device), latents], dim=1)
+        return Condition({**tensors, "latent_condition": latents})
+
+    def image_tokens(self, size: Size) -> int:
+        return math.prod(_latent_shape(self.config, size)[1:]) // math.prod(PATCH)
+
+    def phases(self, timesteps: Sequence[float], guidance: Guidance) -> Sequence[Phase]:
+        ratio = self.settings.boundary_ratio
+        boundary = -math.inf if ratio is None else ratio * TIMESTEPS
+        scales = (guidance.true_cfg, guidance.true_cfg if guidance.true_cfg_2 is None else guidance.true_cfg_2)
+        phases, start = [], 0
+        for noisy, run in groupby(timesteps, key=lambda t: t >= boundary):
+            which, stop = 0 if noisy else 1, start + len(list(run))
+            phases.append(Phase(DENOISERS[which], range(start, stop), scales[which]))
+            start = stop
+        return phases
+
+    def finished(self, x: Tensor, condition: Condition) -> Tensor:
+        """A given first frame is as it was given."""
+        latents = condition.tensors.get("latent_condition")
+        if latents is None or self.config.condition_channels:
+            return x
+        return hold_first_frame(x, latents)
+
+    def decode(self, x: Tensor, size: Size, execute: Execute = eager) -> Iterator[Tensor]:
+        """Chunk by chunk; a batch in slices comes as a whole."""
+        z = self.vae.denormalise(x.to(self.vae.decoder.conv_in.weight.dtype))
+        if self.vae.slicing and len(z) > 1:
+            yield self.vae.decode(z)
+        else:
+            yield from self.vae.decode_chunks(z)
 
     def predictor(
         self,
@@ -135,7 +247,7 @@ class Wan:
         """
         model, given = self.denoisers[denoiser], condition.tensors
         text, latents = given["encoder_hidden_states"], given.get("latent_condition")
-        request = model.prepare(text, given.get("image_embeds"), latents, _latent_shape(model.config, size))
+        request = model.prepare(text, given.get("encoder_hidden_states_image"), latents, _latent_shape(model.config, size))
         t_SG = torch.tensor(timesteps, dtype=torch.float32)[:, None]
         if request.first_BC1YX is not None:
             t_SG = torch.cat([torch.zeros_like(t_SG), t_SG], dim=1)  # a given frame has no noise at any step

@@ -3,23 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from sgl_diffusion.models.autoencoders.wan import LATENTS_MEAN, LATENTS_STD
-from sgl_diffusion.models.family import Defaults, Preset
-
-
-@dataclass(frozen=True)
-class Published:
-    """What a checkpoint's `model_index.json` and its authors' samples say beside component configs and `Defaults`."""
-
-    pipeline: str = "WanPipeline"
-    fps: int = 16
-    boundary_ratio: float | None = None  # of timesteps: where the second denoiser takes over
-    guidance_scale_2: float | None = None  # of the second denoiser
-    expand_timesteps: bool = False  # one for every token
-
+from sgl_diffusion.models.family import SETTINGS, Defaults, Preset
 
 # -- components -----------------------------------------------------------------------
 
@@ -130,6 +117,11 @@ _CLIP_H = {
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-5,
 }
+_CLIP_PROCESSOR = {
+    "image_processor_type": "CLIPImageProcessor",
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+}
 _SCHEDULER = {
     "_class_name": "UniPCMultistepScheduler",
     "num_train_timesteps": 1000,
@@ -162,14 +154,25 @@ _SCHEDULER = {
 # -- checkpoints ----------------------------------------------------------------------
 
 
-def _defaults(height: int, width: int, *, steps: int = 50, guidance: float = 5.0, frames: int = 81) -> Defaults:
+def _defaults(
+    height: int,
+    width: int,
+    *,
+    steps: int = 50,
+    guidance: float = 5.0,
+    guidance_2: float | None = None,
+    frames: int = 81,
+    fps: int = 16,
+) -> Defaults:
     return Defaults(
         num_inference_steps=steps,
         guidance_scale=guidance,
+        guidance_scale_2=guidance_2,
         height=height,
         width=width,
         max_sequence_length=512,
-        frames=frames,
+        num_frames=frames,
+        fps=fps,
     )
 
 
@@ -177,18 +180,29 @@ WAN21_480P, WAN21_720P = _defaults(480, 832), _defaults(720, 1280)
 
 
 def _preset(
-    *transformers: Mapping[str, Any], defaults: Defaults, flow_shift: float = 3.0, vae: Mapping[str, Any] = _VAE
+    *transformers: Mapping[str, Any],
+    defaults: Defaults,
+    flow_shift: float = 3.0,
+    vae: Mapping[str, Any] = _VAE,
+    boundary_ratio: float | None = None,
+    expand_timesteps: bool = False,
 ) -> Preset:
-    encoder = {"image_encoder": _CLIP_H} if transformers[0]["image_dim"] else {}
+    """Those with channels for a condition begin with a picture: `WanImageToVideoPipeline`."""
+    first = transformers[0]
+    looks: dict[str, Mapping[str, Any]] = (
+        {"image_encoder": _CLIP_H, "image_processor": _CLIP_PROCESSOR} if first["image_dim"] else {}
+    )
     return Preset(
         components={
             **dict(zip(("transformer", "transformer_2"), transformers, strict=False)),
             "vae": vae,
             "text_encoder": _UMT5_XXL,
-            **encoder,
+            **looks,
             "scheduler": {**_SCHEDULER, "flow_shift": flow_shift},
+            SETTINGS: {"boundary_ratio": boundary_ratio, "expand_timesteps": expand_timesteps},
         },
         defaults=defaults,
+        pipeline_class="WanImageToVideoPipeline" if first["in_channels"] == 36 else "WanPipeline",
     )
 
 
@@ -198,21 +212,16 @@ PRESETS = {
     "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": _preset(_14B_IMAGE, defaults=WAN21_480P),
     "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": _preset(_14B_IMAGE, defaults=WAN21_720P, flow_shift=5.0),
     "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": _preset(_14B_IMAGES, defaults=WAN21_720P, flow_shift=16.0),
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _preset(_14B, _14B, defaults=_defaults(720, 1280, steps=40, guidance=4.0)),
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": _preset(
+        _14B, _14B, defaults=_defaults(720, 1280, steps=40, guidance=4.0, guidance_2=3.0), boundary_ratio=0.875
+    ),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": _preset(
-        _14B_BESIDE, _14B_BESIDE, defaults=_defaults(720, 1280, steps=40, guidance=3.5)
+        _14B_BESIDE,
+        _14B_BESIDE,
+        defaults=_defaults(720, 1280, steps=40, guidance=3.5, guidance_2=3.5),
+        boundary_ratio=0.9,
     ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _preset(
-        _5B, defaults=_defaults(704, 1280, frames=121), flow_shift=5.0, vae=_VAE_48
+        _5B, defaults=_defaults(704, 1280, frames=121, fps=24), flow_shift=5.0, vae=_VAE_48, expand_timesteps=True
     ),
-}
-PUBLISHED = {
-    "Wan-AI/Wan2.1-T2V-14B-Diffusers": Published(),
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Published(),
-    "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers": Published("WanImageToVideoPipeline"),
-    "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers": Published("WanImageToVideoPipeline"),
-    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": Published("WanImageToVideoPipeline"),
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": Published(boundary_ratio=0.875, guidance_scale_2=3.0),
-    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": Published("WanImageToVideoPipeline", boundary_ratio=0.9, guidance_scale_2=3.5),
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": Published(fps=24, expand_timesteps=True),
 }
