@@ -93,7 +93,8 @@ class Runner:
             grown = result.report.memory_checkpoints["after_forward"].peak_allocated_mb - before
             self.peak_mb = max(self.peak_mb, self.own_mb + grown)
         self.own_mb += _allocated_mb() - before
-        self.picture = np.asarray(result.outputs[0].image, dtype=np.float64)
+        output = result.outputs[0]
+        self.picture = np.asarray(output.image if output.frames is None else output.frames, dtype=np.float64)
         if keep:
             self.reports.append(result.report)
 
@@ -237,7 +238,9 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     parser.add_argument(
         "--compare", metavar="A,B", default="diffusers", help=f"of {', '.join(RIVALS)} (default: diffusers)"
     )
-    for name, what in (("height", "pixels"), ("width", "pixels"), ("steps", "denoising steps")):
+    parser.add_argument("--image-path", nargs="+", metavar="FILE", help="pictures to begin and end a clip with")
+    sizes = {"height": "pixels", "width": "pixels", "frames": "of a clip", "steps": "denoising steps"}
+    for name, what in sizes.items():
         parser.add_argument(f"--{name}", type=int, help=f"{what} (default: the model's)")
     parser.add_argument("--text-tokens", type=int, help="length of the text (default: the model's)")
     parser.add_argument("--rounds", type=int, default=5, help="timed generations of each side (default: 5)")
@@ -271,8 +274,10 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     asked = {
         "height": args.height,
         "width": args.width,
+        "num_frames": args.frames,
         "num_inference_steps": args.steps,
         "max_sequence_length": args.text_tokens,
+        "image_path": args.image_path,
     }
     given = {name: value for name, value in asked.items() if value is not None}
     params = parse(SamplingParams, {"prompt": PROMPT, "seed": 1, "save_output": False, **given})

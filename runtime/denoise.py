@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -137,24 +136,3 @@ def integrate(
         else:
             x, velocity = execute(euler, x, dts[i], strength, *inputs)
         yield Step(i, schedule.sigmas[i + 1], State(x, history), velocity)
-
-
-def euler(
-    x: Tensor,
-    sigmas: Sequence[float],
-    positive: Predictor,
-    negative: Predictor | None = None,
-    scale: float = 1.0,
-    execute: Execute = eager,
-) -> Iterator[Step]:
-    """Integrates from the first sigma to the last, one `Step` after each. `scale` is that of guidance, with a negative.
-
-    What steps differ in lies on the device before the first: a step moves nothing between host and device.
-    """
-    step = EulerStep(positive.call, negative.call if negative else None)
-    strength = torch.tensor(scale, device=x.device)
-    dts = torch.tensor([float(np.float32(b) - np.float32(a)) for a, b in pairwise(sigmas)], device=x.device)
-    branches = [branch for branch in (positive, negative) if branch is not None]
-    for i, after in enumerate(sigmas[1:]):
-        x, velocity = execute(step, x, dts[i], strength, *((branch.steps[i], *branch.request) for branch in branches))
-        yield Step(i, after, State(x), velocity)

@@ -6,14 +6,14 @@ import difflib
 import inspect
 import queue
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
 
-from sgl_diffusion.models.family import Size
+from sgl_diffusion.models.family import ENCODERS, Size
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.diffusers_loader import bridge_precisions
 from sgl_diffusion.runtime.encoders import IMPLEMENTATIONS
@@ -53,13 +53,6 @@ class DiffusersPipeline:
     def denoisers(self) -> dict[str, Any]:
         found = {k: getattr(self.pipe, k, None) for k, kind in self.kinds.items() if kind == "denoiser"}
         return {k: m for k, m in found.items() if isinstance(m, torch.nn.Module)}
-
-    def _input_pictures(self, paths: list[str]) -> dict[str, Any]:
-        """Of two pictures, the second is the last frame where a pipeline has a name for that."""
-        pictures = read_pictures(paths)
-        if len(pictures) == 2 and "last_image" in self.call_arguments:
-            return {"image": pictures[0], "last_image": pictures[1]}
-        return {"image": pictures if len(pictures) > 1 else pictures[0]}
 
     # -- options that take effect at load ------------------------------------------
 
@@ -153,10 +146,8 @@ class DiffusersPipeline:
             call_name = CALL_NAMES.get(name, name)
             if call_name not in self.call_arguments:
                 raise UserError(f"{name}={value}: {self.pipeline_class} does not take it")
-            if name == "image_path":
-                arguments |= self._input_pictures(value)
-            else:
-                arguments[call_name] = value
+            pictures = name == "image_path"
+            arguments |= _input_pictures(value, self.call_arguments) if pictures else {call_name: value}
         if request.negative_prompt is not None and "negative_prompt" not in self.call_arguments:
             raise UserError(f"negative_prompt: {self.pipeline_class} does not take it")
         self._check_guidance(request)
@@ -278,13 +269,9 @@ class DiffusersPipeline:
             "precision": {
                 k: dtype_name(getattr(self.pipe, k).dtype)
                 for k, kind in self.kinds.items()
-                if kind in ("denoiser", "vae", "text_encoder")
+                if kind in ("denoiser", "vae", *ENCODERS)
             },
-            "vae": {
-                "tiling": bool(getattr(vae, "use_tiling", False)),
-                "slicing": bool(getattr(vae, "use_slicing", False)),
-                "tile": self.tile,
-            },
+            "vae": {of: bool(getattr(vae, f"use_{of}", False)) for of in ("tiling", "slicing")} | {"tile": self.tile},
             "compile": self.compiled,
             "scheduler": type(self.pipe.scheduler).__name__,
             "call": {k: v for k, v in request.given.items() if k not in NOT_CALL_ARGUMENTS},
@@ -379,6 +366,14 @@ def _call_arguments(cls: type[Any]) -> dict[str, inspect.Parameter]:
             own = {n: p for n, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD and n != "self"}
             named = {**(named if passes_on else {}), **own}
     return named
+
+
+def _input_pictures(paths: Sequence[str], call_arguments: Collection[str]) -> dict[str, Any]:
+    """Of two pictures, the second is the last frame where a pipeline has a name for that."""
+    pictures = read_pictures(paths)
+    if len(pictures) == 2 and "last_image" in call_arguments:
+        return {"image": pictures[0], "last_image": pictures[1]}
+    return {"image": pictures if len(pictures) > 1 else pictures[0]}
 
 
 def _pixels(result: Any) -> list[Pixels]:

@@ -2,41 +2,37 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion.models.family import ENCODERS, Condition
-from sgl_diffusion.models.text import HashTokenizer, PromptTooLong
+from sgl_diffusion.models.family import Condition, Phase
+from sgl_diffusion.models.text import PromptTooLong
 from sgl_diffusion.runtime import denoise
 from sgl_diffusion.runtime.accounting import Accountant
 from sgl_diffusion.runtime.args import ServerArgs
-from sgl_diffusion.runtime.attention import Attention
 from sgl_diffusion.runtime.blueprint import AT_WORK, Blueprint
-from sgl_diffusion.runtime.encoders import dummy_encoder, load_encoder, load_tokenizer, read_processor
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Drawn, Event, Pixels, StageFinished, StageStarted, StepDone
 from sgl_diffusion.runtime.graphs import CAPTURED, CudaGraphs, capturing, make_graphs
 from sgl_diffusion.runtime.latents import Latents
 from sgl_diffusion.runtime.live_bytes import Gauge
 from sgl_diffusion.runtime.memory import MemoryPlanner
-from sgl_diffusion.runtime.offload import CudaStreams, DeviceStreams, Offload, fits_host_memory
+from sgl_diffusion.runtime.offload import DeviceStreams, Offload
+from sgl_diffusion.runtime.parts import load_parts
 from sgl_diffusion.runtime.pixels import to_pixels
 from sgl_diffusion.runtime.plan import dtype_name
 from sgl_diffusion.runtime.prewarm import compile_kernels
-from sgl_diffusion.runtime.reading import LoadTimes
 from sgl_diffusion.runtime.rehearsal import Workload
-from sgl_diffusion.runtime.report import Accounting, ComponentLoad, MemoryReport, StageTime
+from sgl_diffusion.runtime.report import Accounting, MemoryReport, StageTime
 from sgl_diffusion.runtime.request import Job, Request, settle
 from sgl_diffusion.runtime.tape import Tapes
 from sgl_diffusion.runtime.trace import Stopwatch
-from sgl_diffusion.runtime.weights import Source, fill_dummy, find_weights, load_weights, weight_files
 
 CPU = torch.device("cpu")
 
@@ -79,31 +75,14 @@ class NativePipeline:
         self.folders, plan = folders, blueprint.plan
         self.memory = memory or MemoryPlanner(blueprint, args)
         self.last_run: tuple[Workload, bool] | None = None  # and whether it was decoded in tiles
-        self.attention: dict[str, Attention] = {}
-        self.encoder_attention: dict[str, str] = {}
         self.sampler = blueprint.sampler()
-        self.parts: dict[str, Any] = {}
-        self.loaded: dict[str, ComponentLoad] = {}
-        mapped: dict[str, Sequence[Source]] = {}  # weights that stay in their files
-        for key, kind in blueprint.kinds.items():
-            started = time.perf_counter()
-            if kind in ("denoiser", "vae"):
-                config = args.attention_backend_config if kind == "denoiser" else {}
-                self.attention[key] = Attention(key, plan.attention[key], plan.device, plan.dtypes[key], config)
-                self.parts[key] = blueprint.module(key, self.attention[key])
-                times, mapped[key] = self._fill(key, must_pin=args.pin_cpu_memory is True)
-                self.loaded[key] = self._component_load(started, times, is_mapped=bool(mapped[key]))
-            elif kind in ENCODERS:
-                times, self.parts[key] = self._encoder(key)
-                self.loaded[key] = self._component_load(started, times)
-            elif kind == "tokenizer":
-                self.parts[key] = self._tokenizer(key)
-            elif kind == "image_processor":
-                self.parts[key] = read_processor(key, blueprint.configs[key])
-        self.memory.mapped = [key for key, found in mapped.items() if found]
+        loaded = load_parts(blueprint, folders, args)
+        self.parts, self.loaded = loaded.parts, loaded.reports
+        self.attention, self.encoder_attention = loaded.attention, loaded.encoder_attention
+        self.memory.mapped = [key for key, found in loaded.mapped.items() if found]
         self.family = blueprint.family_of(self.parts)
         self.draws_video = self.family.draws_video
-        self.offload = Offload(self.parts, blueprint.kinds, plan, mapped, streams)
+        self.offload = Offload(self.parts, blueprint.kinds, plan, loaded.mapped, streams)
         self.compiled = self._compile() if plan.compile else {}
         prevented = {"denoising": "torch.compile has graphs of its own"} if self.compiled else {}
         moving = [stage for stage in CAPTURED if any(map(self.offload.moves, AT_WORK[stage]))]
@@ -112,54 +91,6 @@ class NativePipeline:
         self.graphs = make_graphs(args.enable_cuda_graph, recorder, prevented)
         tokenizers = {key: self.parts[key] for key, kind in blueprint.kinds.items() if kind == "tokenizer"}
         self.accountant = Accountant(blueprint, tokenizers)
-
-    def _home(self, key: str) -> torch.device:
-        """Where a component's weights are loaded to."""
-        return self.plan.device if self.plan.offload[key] == "resident" else CPU
-
-    def _uploads(self, key: str) -> CudaStreams | None:
-        """What a component's weights are uploaded through."""
-        home = self._home(key)
-        return CudaStreams(home) if home.type == "cuda" else None
-
-    def _component_load(self, started: float, times: LoadTimes, *, is_mapped: bool = False) -> ComponentLoad:
-        weights: Literal["read", "mapped", "dummy"] = "mapped" if is_mapped else "read"
-        wall_ms = (time.perf_counter() - started) * 1000
-        return ComponentLoad(weights="dummy" if self.folders is None else weights, wall_ms=wall_ms, **asdict(times))
-
-    def _fill(self, key: str, *, must_pin: bool) -> tuple[LoadTimes, Sequence[Source]]:
-        """Loads a module's weights, or finds them in their files where host memory has no room for a copy."""
-        module, home, dtype = self.parts[key], self._home(key), self.plan.dtypes[key]
-        if self.folders is None:
-            fill_dummy(module, home, dtype, drawn_on=self.plan.device)
-            return LoadTimes(), ()
-        files = weight_files(self.folders[key])
-        if self.plan.offload[key] == "resident" or fits_host_memory(module, dtype):
-            return load_weights(module, files, home, dtype, self._uploads(key)), ()
-        if must_pin:
-            raise UserError(f"pin_cpu_memory=true: host memory has no room for {key}; left out, it stays in its files")
-        found = find_weights(module, files)
-        module.to(dtype).to_empty(device=CPU)  # takes no memory before it is written to
-        return LoadTimes(), found
-
-    def _encoder(self, key: str) -> tuple[LoadTimes, Any]:
-        home, dtype, requested = self._home(key), self.plan.dtypes[key], self.plan.attention[key]
-        config = self.blueprint.configs[key]
-        encoder: Any
-        times = LoadTimes()
-        if self.folders is None:
-            encoder = dummy_encoder(key, config, home, dtype, requested)
-            fill_dummy(encoder, home, dtype, drawn_on=self.plan.device)
-        else:
-            folder, streams = self.folders[key], self._uploads(key)
-            times, encoder = load_encoder(key, config, folder, home, dtype, requested, streams)
-        self.encoder_attention[key] = str(encoder.config._attn_implementation)
-        return times, encoder.eval().requires_grad_(False)
-
-    def _tokenizer(self, key: str) -> Any:
-        if self.folders is not None:
-            return load_tokenizer(self.folders[key])
-        return HashTokenizer.for_encoder(self.blueprint.configs[key.replace("tokenizer", "text_encoder")])
 
     def _compile(self) -> dict[str, int]:
         """Regional compilation: every block of a denoiser's block lists. Component -> number of blocks."""
@@ -216,8 +147,8 @@ class NativePipeline:
         with watch.span("decoding"), self.offload.on_device("vae"):
             vae = self.parts["vae"]
             vae.tiling, vae.slicing = tiling, self.plan.vae_slicing
-            chunks = self.family.decode(x, work.size, self.graphs["decoding"])
             try:
+                chunks = self.family.decode(x, work.size, self.graphs["decoding"])
                 while (pixels := self._next_pixels(chunks, gauge, record)) is not None:
                     yield Drawn(pixels)
             except (torch.OutOfMemoryError, RunFailure) as e:
@@ -235,42 +166,55 @@ class NativePipeline:
 
     def _draw(self, job: Job, watch: Stopwatch, gauge: Gauge, record: Record) -> Generator[Event, None, Tensor]:
         """Yields progress and returns the finished latents; all that led to them is free when the decode begins."""
-        family, request, schedule = self.family, job.request, job.schedule
+        family, schedule = self.family, job.schedule
         conditions = yield from self._encode(job, watch, gauge, record)
-
-        yield StageStarted("latent_preparation")
-        with watch.span("latent_preparation"), gauge.stage("latent_preparation"):
-            generators = [torch.Generator().manual_seed(seed) for seed in request.seeds()]
+        with gauge.stage("latent_preparation"):
+            generators = [torch.Generator().manual_seed(seed) for seed in job.request.seeds()]
             state = denoise.State.start(family.noise(job.size, generators), schedule)
             noise = [family.noise(job.size, generators) for _ in range(schedule.noises)]
         record("initial_latents", state.x)
         record("timesteps", torch.tensor(schedule.timesteps))
+        for phase in family.phases(schedule.timesteps, job.guidance):
+            with self.offload.on_device("denoiser", phase.denoiser):
+                state = yield from self._take(phase, job, conditions, state, noise, watch, gauge, record)
+        record("final_latents", state.x)
+        return family.finished(state.x, conditions[0])
+
+    def _take(
+        self,
+        phase: Phase,
+        job: Job,
+        conditions: Sequence[Condition],
+        state: denoise.State,
+        noise: Sequence[Tensor],
+        watch: Stopwatch,
+        gauge: Gauge,
+        record: Record,
+    ) -> Generator[Event, None, denoise.State]:
+        """Takes the steps of one denoiser, and returns the state after them."""
+        schedule = job.schedule
+        yield StageStarted("latent_preparation")
+        with watch.span("latent_preparation"), gauge.stage("latent_preparation"):
+            timesteps = schedule.timesteps[phase.steps.start : phase.steps.stop]
+            positive, *negative = [
+                self.family.predictor(condition, job.size, job.guidance, timesteps, phase.denoiser)
+                for condition in conditions
+            ]
         yield StageFinished("latent_preparation")
 
         yield StageStarted("denoising")
         with watch.span("denoising"):
-            for phase in family.phases(schedule.timesteps, job.guidance):
-                timesteps = schedule.timesteps[phase.steps.start : phase.steps.stop]
-                with self.offload.on_device("denoiser", phase.denoiser):
-                    with gauge.stage("latent_preparation"):
-                        positive, *negative = [
-                            family.predictor(condition, job.size, job.guidance, timesteps, phase.denoiser)
-                            for condition in conditions
-                        ]
-                    against, execute = negative[0] if negative else None, self.graphs["denoising"]
-                    loop = denoise.integrate(
-                        state, schedule, phase.steps, positive, against, phase.scale, noise=noise, execute=execute
-                    )
-                    for i in phase.steps:
-                        with watch.span("denoise_step"), gauge.stage("denoising"):
-                            step = next(loop)
-                        record(f"prediction_{i}", step.velocity)
-                        yield StepDone(i + 1, schedule.steps)
-                    state = step.state
-            x = family.finished(state.x, conditions[0])
-        record("final_latents", state.x)
+            against, execute = negative[0] if negative else None, self.graphs["denoising"]
+            loop = denoise.integrate(
+                state, schedule, phase.steps, positive, against, phase.scale, noise=noise, execute=execute
+            )
+            for i in phase.steps:
+                with watch.span("denoise_step"), gauge.stage("denoising"):
+                    step = next(loop)
+                record(f"prediction_{i}", step.velocity)
+                yield StepDone(i + 1, schedule.steps)
         yield StageFinished("denoising")
-        return x
+        return step.state
 
     def _encode(
         self, job: Job, watch: Stopwatch, gauge: Gauge, record: Record

@@ -114,9 +114,7 @@ class FlowMatchEuler:
 
     @classmethod
     def read(cls, raw: Mapping[str, Any]) -> FlowMatchEuler:
-        """Raises ConfigError for another scheduler class or an option that is not implemented."""
-        if raw.get("_class_name") != "FlowMatchEulerDiscreteScheduler":
-            raise ConfigError(f"scheduler {raw.get('_class_name')!r} is not supported natively")
+        """Raises ConfigError for an option that is not implemented."""
         config = read_config(cls, raw)
         demand(
             config,

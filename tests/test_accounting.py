@@ -16,7 +16,6 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from sgl_diffusion.cli.main import main
-from sgl_diffusion.models.family import Guidance, Size
 from sgl_diffusion.runtime.accounting import Work, account, counted
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine
@@ -24,7 +23,7 @@ from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.limits import Limits
 from sgl_diffusion.runtime.pipeline import NativePipeline
 from sgl_diffusion.runtime.report import Report, StageTime
-from sgl_diffusion.runtime.request import resolve_request
+from sgl_diffusion.runtime.request import resolve_request, settle
 from sgl_diffusion.runtime.telemetry import Telemetry
 
 REQUEST: Mapping[str, Any] = {"prompt": ["a", "b"], "height": 64, "width": 96, "num_inference_steps": 3, "seed": 1,
@@ -45,7 +44,7 @@ def native(engine: Engine) -> NativePipeline:
 def stages(engine: Engine, **sampling: Any) -> dict[str, Work]:
     request = resolve_request(SamplingParams(**{**REQUEST, **sampling}), engine.model.sampling_defaults, engine.args)
     pipeline = native(engine)
-    return pipeline.accountant.work(request, *pipeline.prepare(request))
+    return pipeline.accountant.work(pipeline.prepare(request))
 
 
 # -- counting -----------------------------------------------------------------------------
@@ -151,9 +150,10 @@ def test_the_published_size_counts_as_published() -> None:
         if kind == "tokenizer"
     }
     options = {"tile_height": None, "tile_width": None, "with_encoder": False}
-    accountant = Accountant(Blueprint(family, preset.components, preset.defaults, plan, options), tokenizers)
-    request = resolve_request(SamplingParams(prompt=["a cat"]), {}, args)
-    work = accountant.work(request, Size(1024, 1024), Guidance(3.5), 10, 512)
+    blueprint = Blueprint(family, preset.components, preset.defaults, plan, options)
+    accountant = Accountant(blueprint, tokenizers)
+    request = resolve_request(SamplingParams(prompt=["a cat"], num_inference_steps=10), {}, args)
+    work = accountant.work(settle(request, preset.defaults, accountant.family, blueprint.sampler()))
     assert sum(work["denoising"].flops.values()) / 10 / 790e12 == pytest.approx(94e-3, rel=0.005)
     assert work["denoising"].bytes["gemm"] / 10 > 2 * 11e9, "every weight is read in every step"
 

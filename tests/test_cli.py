@@ -141,7 +141,7 @@ def test_mistakes_that_need_no_model(tmp_path: Path, words: list[str], told: str
     [
         (["--vea-path", "x"], "vea_path=x: "),
         (["--height", "33"], "height=33: must be a multiple of 16; nearest: 32 or 48"),
-        (["--num-frames", "5"], "num_frames=5: this model draws pictures from text alone"),
+        (["--num-frames", "5"], "num_frames=5: this model draws pictures"),
         (["--negative-prompt", "x"], "negative_prompt: has no effect without true_cfg_scale above 1"),
         (["--true-cfg-scale", "2"], "true_cfg_scale=2.0: needs a negative_prompt"),
         (["--max-sequence-length", "2"], "max_sequence_length=2: the prompt has"),

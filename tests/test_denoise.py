@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sgl_diffusion.bench.launches import counted
 from sgl_diffusion.models.family import Predictor
-from sgl_diffusion.runtime.denoise import State, Step, euler, integrate
+from sgl_diffusion.runtime.denoise import State, Step, integrate
 from sgl_diffusion.runtime.graphs import Graphs
 from sgl_diffusion.runtime.schedulers import DMD, Schedule, read_scheduler
 from sgl_diffusion.runtime.tape import Tapes
@@ -109,7 +109,7 @@ def test_the_last_step_of_bh1_is_finite(steps: int) -> None:
     assert torch.equal(got[-1].x, got[-1].state.history[0])
 
 
-def test_euler_equals_diffusers_and_the_plain_loop() -> None:
+def test_euler_equals_diffusers() -> None:
     schedule = read_scheduler({**EULER, "shift": 3.0}).schedule(8, 0)
     judge = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
     judge.set_timesteps(sigmas=np.linspace(1.0, 1 / 8, 8))
@@ -117,12 +117,7 @@ def test_euler_equals_diffusers_and_the_plain_loop() -> None:
     for t in judge.timesteps:
         x = judge.step(model(x, t), t, x, return_dict=False)[0]
         want.append(x)
-    got = run(schedule, start())
-    assert worst(got, want) < 1e-6
-    plain = list(euler(start(), schedule.sigmas, predictor(model, schedule.timesteps)))
-    for a, b in zip(got, plain, strict=True):
-        assert (a.index, a.sigma) == (b.index, b.sigma)
-        assert torch.equal(a.x, b.x) and torch.equal(a.velocity, b.velocity)
+    assert worst(run(schedule, start()), want) < 1e-6
 
 
 def test_a_distilled_model_gets_fresh_noise_after_every_step_but_the_last() -> None:

@@ -63,7 +63,7 @@ def test_a_video_is_written_with_its_frame_rate(tiny: Tiny, tmp_path: Path) -> N
 
     request = params(prompt="a red circle", height=32, width=48, num_frames=5, fps=8, guidance_scale=1.0)
     saved = {"save_output": True, "output_path": str(tmp_path), "output_file_name": "clip.mp4", "return_frames": True}
-    result = load(tiny("wan")).run(request.model_copy(update=saved))
+    result = load(tiny("wan"), backend="diffusers").run(request.model_copy(update=saved))
     assert [p.name for p in result.paths] == ["clip.mp4", "clip.npy"]
     with av.open(str(tmp_path / "clip.mp4")) as container:
         stream = container.streams.video[0]
@@ -136,7 +136,7 @@ def test_large_pictures_are_tiled_unless_told_otherwise(tiny: Tiny, monkeypatch:
 )
 def test_parameters_a_pipeline_does_not_take(tiny: Tiny, name: str, sampling: dict[str, Any], told: str) -> None:
     with pytest.raises(UserError, match=told):
-        pictures(load(tiny(name)), **sampling)
+        pictures(load(tiny(name), backend="diffusers"), **sampling)
 
 
 @pytest.mark.parametrize(

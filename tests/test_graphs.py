@@ -242,7 +242,7 @@ class Watch(TorchDispatchMode):
 def test_a_step_waits_for_nothing_moves_nothing_and_makes_the_same_every_time(model: str, guided: bool) -> None:
     """At true size on shape-only tensors, which take the path of a GPU's."""
     family, preset = find(model)
-    size = Size(preset.defaults.height, preset.defaults.width, preset.defaults.frames)
+    size = Size(preset.defaults.height, preset.defaults.width, preset.defaults.num_frames)
     predict, x = on_meta(family, preset, size, "sm_90")
     step = EulerStep(predict.call, predict.call if guided else None)
     watches = []

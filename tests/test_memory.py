@@ -166,7 +166,7 @@ def allocator_peaks(engine: Engine, **sampling: Any) -> dict[str, float]:
     params = SamplingParams(**{**REQUEST, **sampling})
     request = resolve_request(params, engine.model.sampling_defaults, engine.args)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        for _ in native(engine).run(request, Stopwatch(engine.device, annotate=True)):
+        for _ in native(engine).run(native(engine).prepare(request), Stopwatch(engine.device, annotate=True)):
             pass
     assert profiler.profiler is not None
     events = profiler.profiler.kineto_results.events()
@@ -260,7 +260,7 @@ args = ServerArgs(
     model_path="MODEL", load_format="dummy", precision="bf16", device="cpu", device_memory_limit_mb=141000
 )
 blueprint = resolve(args).blueprint
-work = Workload(1, 1, False, Size(1024, 1024), Guidance(None), 4, 256, False)
+work = Workload(1, 1, False, Size(1024, 1024), Guidance(None), blueprint.sampler().schedule(4, 4096), 256, False)
 told = {}
 for mode in ("resident", "component", "layerwise"):
     offload = dict.fromkeys(blueprint.plan.offload, mode)
@@ -329,7 +329,7 @@ def test_a_request_that_cannot_fit_is_refused_before_any_work(tiny: Callable[[st
 
 @pytest.mark.parametrize(("mb", "told"), [(1, "the weights cannot fit on cpu"), (26, "height=512, width=512")])
 def test_refused_before_loading(mb: int, told: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sgl_diffusion.runtime.pipeline.load_weights", None)  # is not reached
+    monkeypatch.setattr("sgl_diffusion.runtime.parts.load_weights", None)  # is not reached
     args = ServerArgs(model_path="embedded", device="cpu", device_memory_limit_mb=mb)
     with pytest.raises(UserError, match=told):
         Engine.load(args, like=SamplingParams(prompt=["a"], height=512, width=512))
@@ -406,7 +406,7 @@ def test_plan_measures_what_it_predicts(tmp_path: Path, capsys: pytest.CaptureFi
 def fail_once(engine: Engine, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     pipeline = native(engine)
 
-    def decode(x: torch.Tensor, size: Any) -> torch.Tensor:
+    def decode(x: torch.Tensor, *_: Any) -> Any:
         monkeypatch.undo()
         raise error
 
@@ -446,7 +446,7 @@ def test_latents_of_nan_are_not_kept(
 ) -> None:
     engine = load(tiny("flux"))
 
-    def decode(x: torch.Tensor, size: Any) -> torch.Tensor:
+    def decode(x: torch.Tensor, *_: Any) -> Any:
         x.fill_(float("nan"))
         raise RunFailure("not a picture")
 

@@ -164,7 +164,7 @@ def running(engine: Engine, request: Mapping[str, Any], found: dict[str, Tensor]
     def record(name: str, tensor: Tensor) -> None:
         found[name] = tensor.clone()
 
-    return engine.backend.run(resolve_request(params, {}, engine.args), Stopwatch(CPU), record)
+    return engine.backend.run(engine.backend.prepare(resolve_request(params, {}, engine.args)), Stopwatch(CPU), record)
 
 
 def same(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> bool:
@@ -237,7 +237,7 @@ def test_families_that_work_before_the_loop(family: Any, small: dict[str, Any], 
 
     def velocity() -> Tensor:
         x = model.noise(size, [torch.Generator().manual_seed(1)])
-        return model.predictor(condition, size, Guidance(None), (1.0, 0.0))(x, 0)
+        return model.predictor(condition, size, Guidance(None), (1000.0,), "transformer")(x, 0)
 
     resident = velocity()
     component = Offloaded("transformer", module, StandIn(), prefetch=0.0, cyclic=True, pin=True)

@@ -100,7 +100,8 @@ def final_latents_and_pixels(engine: Engine) -> list[torch.Tensor]:
     params = SamplingParams(prompt=PROMPT, height=32, width=32, num_inference_steps=2, max_sequence_length=16)
     request = resolve_request(params, {}, engine.args)
     assert isinstance(engine.backend, NativePipeline)
-    list(engine.backend.run(request, Stopwatch(engine.device), lambda name, t: seen.__setitem__(name, t.clone())))
+    job = engine.backend.prepare(request)
+    list(engine.backend.run(job, Stopwatch(engine.device), lambda name, t: seen.__setitem__(name, t.clone())))
     return [seen["final_latents"], seen["pixels"]]
 
 

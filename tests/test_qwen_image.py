@@ -23,7 +23,7 @@ from sgl_diffusion.models.qwen_image import QwenImage, QwenImageTransformer
 from sgl_diffusion.runtime.checkpoint import read_json
 from sgl_diffusion.runtime.weights import load_weights, slots, weight_files
 
-SIGMAS = [1.0, 0.8337, 0.41, 0.02, 0.0]
+TIMESTEPS = [1000.0, 833.7, 410.0, 20.0]
 # rows and columns of tokens: even and odd, more of one or of the other, and one alone
 SIZES = {"wide": Size(64, 112), "tall": Size(144, 48), "odd": Size(80, 80), "dot": Size(16, 16)}
 TEXT_TOKENS, TEXT_DIM = 7, 40
@@ -68,8 +68,8 @@ def noise(family: QwenImage, size: Size, batch: int) -> Tensor:
 @torch.no_grad()
 def velocities(family: QwenImage, size: Size, batch: int) -> list[Tensor]:
     """Of one and the same state at every step, so that only the timestep moves them."""
-    predict = family.predictor(text(batch), size, Guidance(None), SIGMAS)
-    return [predict(noise(family, size, batch), step) for step in range(len(SIGMAS) - 1)]
+    predict = family.predictor(text(batch), size, Guidance(None), TIMESTEPS)
+    return [predict(noise(family, size, batch), step) for step in range(len(TIMESTEPS))]
 
 
 @torch.no_grad()
@@ -82,10 +82,10 @@ def expected(model: Any, x: Tensor, size: Size, batch: int) -> list[Tensor]:
         model(
             x.to(dtype),
             encoder_hidden_states=hidden,
-            timestep=(torch.tensor(sigma) * 1000).expand(batch).to(dtype) / 1000,
+            timestep=torch.tensor(t).expand(batch).to(dtype) / 1000,
             img_shapes=shapes,
         ).sample
-        for sigma in SIGMAS[:-1]
+        for t in TIMESTEPS
     ]
 
 
@@ -107,7 +107,7 @@ def test_samples_of_a_batch_do_not_mix(folders: dict[str, Path]) -> None:
     hidden, size = text(2).tensors["encoder_hidden_states"], SIZES["wide"]
     x, together = noise(family, size, 2), velocities(family, size, 2)[1]
     for i in range(2):
-        alone = family.predictor(Condition({"encoder_hidden_states": hidden[i, None]}), size, Guidance(None), SIGMAS)
+        alone = family.predictor(Condition({"encoder_hidden_states": hidden[i, None]}), size, Guidance(None), TIMESTEPS)
         with torch.no_grad():
             torch.testing.assert_close(alone(x[i, None], 1)[0], together[i], rtol=0, atol=1e-5)
 
@@ -115,7 +115,7 @@ def test_samples_of_a_batch_do_not_mix(folders: dict[str, Path]) -> None:
 def test_the_state_and_the_text_are_not_written_to(folders: dict[str, Path]) -> None:
     """Blocks add to their stream in place: a second call starts from the same text as the first."""
     family = native(folders["2x32"])
-    predict, x = family.predictor(text(1), SIZES["odd"], Guidance(None), SIGMAS), noise(family, SIZES["odd"], 1)
+    predict, x = family.predictor(text(1), SIZES["odd"], Guidance(None), TIMESTEPS), noise(family, SIZES["odd"], 1)
     with torch.no_grad():
         assert torch.equal(predict(x, 0), predict(x, 0))
     assert torch.equal(x, noise(family, SIZES["odd"], 1))

@@ -12,9 +12,8 @@ import torch
 from test_bench import bench
 
 from sgl_diffusion.kernels.attention import attention
+from sgl_diffusion.models.family import SETTINGS, Guidance, Phase
 from sgl_diffusion.models.wan import Wan
-from sgl_diffusion.models.wan.family import phases
-from sgl_diffusion.models.wan.presets import PUBLISHED
 from sgl_diffusion.models.wan.transformer import WanTransformer
 
 BILLIONS = {
@@ -30,11 +29,12 @@ BILLIONS = {
 
 
 def test_all_published_checkpoints_have_a_preset() -> None:
-    assert set(Wan.presets()) == set(PUBLISHED) == set(BILLIONS)
-    for name, preset in Wan.presets().items():
-        assert ("transformer_2" in preset.components) == (PUBLISHED[name].boundary_ratio is not None)
+    assert set(Wan.presets()) == set(BILLIONS)
+    for preset in Wan.presets().values():
+        assert ("transformer_2" in preset.components) == (preset.components[SETTINGS]["boundary_ratio"] is not None)
+        assert ("transformer_2" in preset.components) == (preset.defaults.guidance_scale_2 is not None)
         assert ("image_encoder" in preset.components) == (preset.components["transformer"]["image_dim"] is not None)
-        assert preset.defaults.frames % 4 == 1
+        assert preset.defaults.num_frames % 4 == 1
         own = Wan.defaults(preset.components)
         assert own.num_inference_steps == preset.defaults.num_inference_steps
         assert own.guidance_scale == preset.defaults.guidance_scale
@@ -94,22 +94,36 @@ def test_a_step_takes_few_launches(
 # -- two denoisers ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name, published in PUBLISHED.items() if published.boundary_ratio])
+def phases(timesteps: list[float], ratio: float | None, guidance: Guidance | None = None) -> list[Phase]:
+    small = {**Wan.presets()["Wan-AI/Wan2.1-T2V-1.3B-Diffusers"].components["transformer"], "num_layers": 1}
+    with torch.device("meta"):
+        denoiser = Wan.build("transformer", small, partial(attention, impl="auto"), {})
+    keys = ("transformer",) if ratio is None else ("transformer", "transformer_2")
+    return [
+        *Wan({**dict.fromkeys(keys, denoiser), SETTINGS: {"boundary_ratio": ratio}}).phases(
+            timesteps, guidance or Guidance(None)
+        )
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, preset in Wan.presets().items() if "transformer_2" in preset.components]
+)
 @pytest.mark.parametrize("steps", [1, 2, 4, 40])
 def test_steps_are_shared_out_as_in_diffusers(name: str, steps: int) -> None:
     """`WanPipeline` asks at every step whether t >= boundary_ratio * num_train_timesteps."""
-    ratio = PUBLISHED[name].boundary_ratio
-    assert ratio is not None
+    ratio = Wan.presets()[name].components[SETTINGS]["boundary_ratio"]
     scheduler = diffusers.UniPCMultistepScheduler.from_config(dict(Wan.presets()[name].components["scheduler"]))
     scheduler.set_timesteps(steps)
     theirs = ["transformer" if t >= ratio * 1000 else "transformer_2" for t in scheduler.timesteps]
     runs = phases(scheduler.timesteps.tolist(), ratio)
-    assert [key for key, run in runs for _ in run] == theirs
-    assert [step for _, run in runs for step in run] == list(range(steps))
+    assert [run.denoiser for run in runs for _ in run.steps] == theirs
+    assert [step for run in runs for step in run.steps] == list(range(steps))
     assert len(runs) == len(set(theirs)), "each denoiser is loaded once"
 
 
 def test_phases_at_the_boundary() -> None:
-    assert phases([1000, 900, 899.9, 10], 0.9) == [("transformer", range(2)), ("transformer_2", range(2, 4))]
-    assert phases([899, 10], 0.9) == [("transformer_2", range(2))]
-    assert phases([999, 10, 0], None) == [("transformer", range(3))]
+    first, second = Phase("transformer", range(2), 4.0), Phase("transformer_2", range(2, 4), 3.0)
+    assert phases([1000, 900, 899.9, 10], 0.9, Guidance(None, 4.0, 3.0)) == [first, second]
+    assert phases([899, 10], 0.9, Guidance(None, 4.0)) == [Phase("transformer_2", range(2), 4.0)]
+    assert phases([999, 10, 0], None) == [Phase("transformer", range(3), 1.0)]

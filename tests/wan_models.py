@@ -87,7 +87,9 @@ def condition(variant: str, size: Size, batch: int) -> Condition:
     tensors, f = {"encoder_hidden_states": text}, 16 if "out_channels" in config else 8
     latent_size = ((size.frames - 1) // 4 + 1, size.height // f, size.width // f)
     if kind.pictures:
-        tensors["encoder_hidden_states_image"] = torch.randn(batch, kind.pictures * IMAGE_TOKENS, IMAGE_DIM, generator=generator)
+        tensors["encoder_hidden_states_image"] = torch.randn(
+            batch, kind.pictures * IMAGE_TOKENS, IMAGE_DIM, generator=generator
+        )
     if config.get("in_channels") == 36:
         mask = torch.zeros(batch, 4, *latent_size)
         mask[:, :, [0, -1] if kind.pictures == 2 else 0] = 1

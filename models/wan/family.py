@@ -3,8 +3,8 @@
 Tensors of a condition, by name:
 
 - `encoder_hidden_states` (B, T, text_dim): of the text encoder, zeros after the prompt's end.
-- `encoder_hidden_states_image` (B, tokens, image_dim): of the image encoder, for models that look at it (`image_dim`): 257 tokens of
-  the first picture and, for a model of first and last frame, 257 more of the last.
+- `encoder_hidden_states_image` (B, tokens, image_dim): of the image encoder, for models that look at it (`image_dim`):
+  257 tokens of the first picture and, for a model of first and last frame, 257 more of the last.
 - `latent_condition`: (B, 4 + C, F, Y, X), masks and latents, for models with channels for them; (B, C, 1, Y, X), the
   first frame's latents, for Wan2.2 TI2V if it begins with a picture. Normalised, as the state is.
 """
@@ -247,7 +247,9 @@ class Wan:
         """
         model, given = self.denoisers[denoiser], condition.tensors
         text, latents = given["encoder_hidden_states"], given.get("latent_condition")
-        request = model.prepare(text, given.get("encoder_hidden_states_image"), latents, _latent_shape(model.config, size))
+        request = model.prepare(
+            text, given.get("encoder_hidden_states_image"), latents, _latent_shape(model.config, size)
+        )
         t_SG = torch.tensor(timesteps, dtype=torch.float32)[:, None]
         if request.first_BC1YX is not None:
             t_SG = torch.cat([torch.zeros_like(t_SG), t_SG], dim=1)  # a given frame has no noise at any step
