@@ -13,9 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from sgl_diffusion.kernels.attention import attention
-from sgl_diffusion.models.family import Condition, Guidance, Size
+from sgl_diffusion.models.family import SETTINGS, Condition, Guidance, Size
 from sgl_diffusion.models.wan import Wan
-from sgl_diffusion.models.wan.family import phases
 from sgl_diffusion.runtime.checkpoint import read_json
 from sgl_diffusion.runtime.weights import load_weights, weight_files
 
@@ -99,7 +98,9 @@ def test_every_call_gives_the_same_velocity(
         pipe = diffusers.WanImageToVideoPipeline(**pipe.components, expand_timesteps=True)
     calls = calls_of(pipe, **pictures(count))
     wan, timesteps, done = family(folder), pipe.scheduler.timesteps.tolist(), 0
-    for key, run in phases(timesteps, ratio):
+    whole = Wan({**wan.parts, SETTINGS: {"boundary_ratio": ratio}})
+    for phase in whole.phases(timesteps, Guidance(None)):
+        key, run = phase.denoiser, phase.steps
         _, given = taken_apart(calls[run[0]][1], held)
         predict = wan.predictor(given, SIZE, Guidance(None), [timesteps[i] for i in run], key)
         for step, i in enumerate(run):
