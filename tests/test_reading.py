@@ -394,7 +394,7 @@ def test_a_warm_up_and_dummy_weights_are_told(tiny: Callable[[str], Path]) -> No
 def test_weights_that_stay_in_their_files_are_told(
     tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sgl_diffusion.runtime.pipeline.fits_host_memory", lambda module, dtype: False)
+    monkeypatch.setattr("sgl_diffusion.runtime.parts.fits_host_memory", lambda module, dtype: False)
     args = ServerArgs(model_path=str(tiny("flux")), device="cpu")
     model = resolve(args)
     assert model.blueprint is not None
