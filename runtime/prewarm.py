@@ -9,6 +9,7 @@ through all of the rest, so that whatever size is asked for later finds its kern
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from typing import Any
 
@@ -22,6 +23,7 @@ from sgl_diffusion.runtime.denoise import State, integrate
 from sgl_diffusion.runtime.errors import UserError
 
 BATCHES = ((1, False), (2, True))  # with and without guidance
+DECODED_FRAMES = 9  # a clip's first chunk, its second, and one that is as all further ones
 
 
 def throw_away_requests(args: ServerArgs, like: SamplingParams) -> list[SamplingParams]:
@@ -66,7 +68,8 @@ def launch_all(blueprint: Blueprint, parts: Mapping[str, Any], size: Size, batch
         predictor = family.predictor(condition, size, guidance, timesteps, phase.denoiser)
         next(integrate(state, schedule, phase.steps, predictor, predictor if guided else None, noise=noise))
     if not blueprint.plan.tiles(size):
-        for chunk in family.decode(x, size):
+        short = replace(size, frames=min(size.frames, DECODED_FRAMES))
+        for chunk in family.decode(family.noise(short, [torch.Generator()] * batch), short):
             del chunk
 
 

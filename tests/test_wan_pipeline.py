@@ -209,6 +209,32 @@ def test_a_decode_that_fails_leaves_the_latents_and_no_half_clip(
     assert np.array_equal(resumed.outputs[0].frames, engine.run(asked()).outputs[0].frames)
 
 
+# -- memory -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "sampling"),
+    [
+        ("wan", 0, {}),
+        ("wan_i2v", 1, WITH_IMAGE_ENCODER),
+        ("wan22", 0, {"num_outputs_per_prompt": 2}),
+        ("wan22_i2v", 2, {}),
+        ("wan22_ti2v", 1, {}),
+    ],
+)
+def test_prediction_is_what_a_run_holds(
+    tiny: Tiny, pictures: list[str], name: str, given: int, sampling: dict[str, Any]
+) -> None:
+    engine = Engine.load(ServerArgs(model_path=str(tiny(name)), device="cpu"))
+    report = engine.run(asked(measure_memory=True, image_path=pictures[:given], **sampling)).report
+    assert report.memory is not None
+    stages = {stage.name: stage for stage in report.memory.stages}
+    assert ("picture_encoding" in stages) == bool(given)
+    for stage in stages.values():
+        assert stage.measured_mb is not None
+        assert stage.predicted_mb == pytest.approx(stage.measured_mb, rel=0.02), stage
+
+
 # -- mistakes -----------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.channel_norm import channel_norm
 from sgl_diffusion.kernels.layout import upsample_nearest
 from sgl_diffusion.models.config import ConfigError
@@ -20,6 +21,7 @@ from sgl_diffusion.models.family import AttentionFn
 
 # B batch  C channels  T frames  N = B * T pictures  H, W spatial  L = H * W
 PAST = 2  # frames before its own that a causal convolution sees
+SMALL_CONVOLUTION = 20480  # numbers without the last side, up to which PyTorch does not ask oneDNN (`use_mkldnn`)
 
 
 class History:
@@ -51,6 +53,9 @@ def channels_last(y: Tensor) -> Tensor:
     """A convolution's result: as it is, on all devices that follow the layout of what they are given."""
     if y.is_meta:  # shapes alone are always contiguous
         B, C, *sides = y.shape
+        # of small clips one by one, PyTorch's own convolution there follows no layout: what it makes is copied
+        if launch.on_cpu(y) and y.ndim == 5 and B == 1 and y[..., 0].numel() <= SMALL_CONVOLUTION:
+            y = torch.empty_like(y)
         return y.view(B, *sides, C).movedim(-1, 1)
     return y.contiguous(memory_format=torch.channels_last if y.ndim == 4 else torch.channels_last_3d)
 
