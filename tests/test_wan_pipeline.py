@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_offload import StandIn
+from test_offload import load as load_offloaded
 from torch import Tensor
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
@@ -142,6 +144,24 @@ def _predictions(engine: Engine, **sampling: Any) -> list[Tensor]:
     assert isinstance(backend, NativePipeline)
     list(backend.run(backend.prepare(_request(engine, asked(**sampling))), Stopwatch(engine.device), record))
     return seen
+
+
+@pytest.mark.parametrize("place", ["component", "layerwise"])
+def test_the_idle_denoiser_is_on_the_host(tiny: Tiny, pictures: list[str], place: str) -> None:
+    """On a device that stands in for a GPU, whose memory and whose copies in flight are not numbers."""
+    denoisers = ("transformer", "transformer_2")
+    resident = Engine.load(ServerArgs(model_path=str(tiny("wan22_i2v")), device="cpu"))
+    engine = load_offloaded(tiny("wan22_i2v"), StandIn(), dict.fromkeys((*denoisers, "vae", "text_encoder"), place))
+    backend = engine.backend
+    assert isinstance(backend, NativePipeline)
+    there: set[tuple[bool, ...]] = set()
+    for key in denoisers:
+        backend.parts[key].register_forward_pre_hook(
+            lambda *_: there.add(tuple(backend.offload.components[key].space is not None for key in denoisers))
+        )
+    params = asked(image_path=pictures[:1], guidance_scale=3.5)
+    assert np.array_equal(engine.run(params).outputs[0].frames, resident.run(params).outputs[0].frames)
+    assert there == {(True, False), (False, True)}
 
 
 # -- determinism and files ----------------------------------------------------------
