@@ -6,6 +6,7 @@ FAMILIES: Mapping[str, str] = {
     "FluxPipeline": "sgl_diffusion.models.flux:Flux1",
     "WanPipeline": "sgl_diffusion.models.wan:Wan",
     "WanImageToVideoPipeline": "sgl_diffusion.models.wan:Wan",
+    "WanDMDPipeline": "sgl_diffusion.models.wan:DistilledWan",
 }
 
 # families whose denoiser alone is native so far: their pipelines run on the diffusers backend

@@ -110,6 +110,14 @@ class Phase:
 
 
 @dataclass(frozen=True)
+class Distilled:
+    """How a model that was distilled to few steps is sampled (DMD: Yin et al. 2024, arXiv 2405.14867)."""
+
+    timesteps: tuple[int, ...]  # in thousandths, before the shift
+    shift: float
+
+
+@dataclass(frozen=True)
 class Condition:
     """Encoded prompts of a batch: named tensors with the batch first."""
 
@@ -131,10 +139,12 @@ class Family(Protocol):
         draws_video: results are clips.
         classifier_free: `guidance_scale` is the strength of a negative branch, and an empty negative prompt the
             default; otherwise it is fed to the model.
+        distilled: None for a model that its checkpoint's scheduler samples.
     """
 
     draws_video: bool
     classifier_free: bool
+    distilled: Distilled | None
 
     @classmethod
     def components(cls) -> Mapping[str, str]:

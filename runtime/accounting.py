@@ -226,7 +226,8 @@ class Accountant:
 
     def work(self, job: Job) -> dict[str, Work]:
         """The work of each stage of a request."""
-        family, request = self.family, job.request
+        family, request, vae = self.family, job.request, self.parts["vae"]
+        vae.tiling, vae.slicing = self.plan.tiles(job.size), self.plan.vae_slicing
         prompts = [request.prompts]
         if job.negative_prompt is not None:
             prompts.append((job.negative_prompt,) * len(request.prompts))
@@ -244,8 +245,7 @@ class Accountant:
         return work | self._counted[key]
 
     def _after_encoding(self, job: Job, conditions: Sequence[Condition]) -> dict[str, Work]:
-        family, vae, schedule = self.family, self.parts["vae"], job.schedule
-        vae.tiling, vae.slicing = self.plan.tiles(job.size), self.plan.vae_slicing
+        family, schedule = self.family, job.schedule
         with counted() as preparation:
             generators = [torch.Generator() for _ in range(job.request.count)]
             state = State.start(family.noise(job.size, generators), schedule)

@@ -15,7 +15,7 @@ from sgl_diffusion.models.family import ENCODERS, SETTINGS, AttentionFn, Default
 from sgl_diffusion.runtime.attention import shape_only_attention
 from sgl_diffusion.runtime.encoders import dummy_encoder, read_processor
 from sgl_diffusion.runtime.plan import Plan
-from sgl_diffusion.runtime.schedulers import Sampler, read_scheduler
+from sgl_diffusion.runtime.schedulers import DMD, Sampler, read_scheduler
 
 AT_WORK: Mapping[str, tuple[str, ...]] = {
     "text_encoding": ("text_encoder",),
@@ -63,6 +63,8 @@ class Blueprint:
 
     def sampler(self) -> Sampler:
         """Raises ConfigError for one that is not implemented."""
+        if (few := self.family.distilled) is not None:
+            return DMD(few.timesteps, few.shift)
         return read_scheduler(self.configs["scheduler"])
 
     def family_of(self, parts: Mapping[str, Any]) -> Family:

@@ -136,6 +136,8 @@ class NativePipeline:
         work = Workload.of(job, decode_only=latents is not None)
         tiling = self.memory.tiling(work)
         self.last_run = work, tiling
+        vae = self.parts["vae"]  # which encodes given pictures, too
+        vae.tiling, vae.slicing = tiling, self.plan.vae_slicing
         if latents is None:
             self.memory.reserve_decode(work, tiling)
             x = yield from self._draw(job, watch, gauge, record)
@@ -145,8 +147,6 @@ class NativePipeline:
 
         yield StageStarted("decoding")
         with watch.span("decoding"), self.offload.on_device("vae"):
-            vae = self.parts["vae"]
-            vae.tiling, vae.slicing = tiling, self.plan.vae_slicing
             try:
                 chunks = self.family.decode(x, work.size, self.graphs["decoding"])
                 while (pixels := self._next_pixels(chunks, gauge, record)) is not None:

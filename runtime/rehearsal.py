@@ -117,7 +117,7 @@ class Rehearsal:
         self.blueprint, self.plan = blueprint, blueprint.plan
         self.taped, self.granularity, self.dummy = taped, granularity, args.load_format == "dummy"
         self._encoded: dict[Hashable, tuple[int, list[Condition]]] = {}
-        self._drawn: dict[Workload, tuple[dict[str, int], int]] = {}
+        self._drawn: dict[Hashable, tuple[dict[str, int], int]] = {}
         self._decoded: dict[Hashable, tuple[int, int]] = {}
 
     @cached_property
@@ -148,19 +148,25 @@ class Rehearsal:
         """Bytes of each stage beside the weights, what earlier stages left included."""
         with torch.inference_mode(), rehearsing(self.plan.device.type), FusedAttention():
             latents, rise = self._decode(work.size, work.pictures, tiling)
-            before, left = ({}, latents) if work.decode_only else self._draw(work)
+            before, left = ({}, latents) if work.decode_only else self._draw(work, tiling and bool(work.seen))
         return before | {"decoding": left + rise}
 
-    def _draw(self, work: Workload) -> tuple[dict[str, int], int]:
-        """Peaks of the stages before a decode, and what is left to it: the latents, and what a tape keeps."""
-        if work not in self._drawn:
+    def _draw(self, work: Workload, tiling: bool) -> tuple[dict[str, int], int]:
+        """Peaks of the stages before a decode, and what is left to it: the latents, and what a tape keeps.
+
+        Args:
+            tiling: given pictures are encoded in tiles.
+        """
+        key = work, tiling
+        if key not in self._drawn:
             live, encoding, conditions = self._live(), *self._encode(work)
             peaks = {"text_encoding": encoding}
             if work.seen:
+                self.parts["vae"].tiling, self.parts["vae"].slicing = tiling, self.plan.vae_slicing
                 peaks["picture_encoding"], conditions = self._look(work, conditions)
             peaks["latent_preparation"], peaks["denoising"], left = self._denoise(work, conditions, live)
-            self._drawn[work] = peaks, left
-        return self._drawn[work]
+            self._drawn[key] = peaks, left
+        return self._drawn[key]
 
     def _encode(self, work: Workload) -> tuple[int, list[Condition]]:
         """The peak and the encoded prompts, which do not depend on the picture's size."""

@@ -409,17 +409,16 @@ class DMD:
         return replace(self, shift=shift)
 
     def schedule(self, steps: int, image_tokens: int) -> Schedule:
-        """Raises ValueError for another number of steps than there are timesteps."""
-        if steps != len(self.timesteps):
+        """The first of the timesteps. Raises ValueError for more steps than there are."""
+        if steps > len(self.timesteps):
             told = ",".join(map(str, self.timesteps))
             raise ValueError(f"num_inference_steps={steps}: this model was distilled for {len(self.timesteps)}: {told}")
+        timesteps = self.timesteps[:steps]
         # a timestep means the noise level of training that is nearest to it
         trained = shifted(np.arange(TRAIN_TIMESTEPS, 0, -1, dtype=np.float32) / TRAIN_TIMESTEPS, self.shift)
-        nearest = [np.abs(trained * np.float32(TRAIN_TIMESTEPS) - t).argmin() for t in self.timesteps]
+        nearest = [np.abs(trained * np.float32(TRAIN_TIMESTEPS) - t).argmin() for t in timesteps]
         sigmas = (*trained[nearest].tolist(), 0.0)
-        return Schedule(
-            self.timesteps, sigmas, tuple((0.0, 1 - after, after) for after in sigmas[1:]), fresh_noise=True
-        )
+        return Schedule(timesteps, sigmas, tuple((0.0, 1 - after, after) for after in sigmas[1:]), fresh_noise=True)
 
 
 READERS: Mapping[str, Callable[[Mapping[str, Any]], Sampler]] = {

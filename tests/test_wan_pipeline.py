@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -104,6 +105,32 @@ def test_another_shift_moves_the_timesteps(tiny: Tiny) -> None:
     assert timesteps[0] == timesteps[1] and all(a < b for a, b in zip(timesteps[1][1:], timesteps[2][1:], strict=True))
 
 
+def test_a_distilled_model_takes_its_few_steps(tiny: Tiny) -> None:
+    """The loop of FastVideo's pipeline by hand, with diffusers' denoiser and its scheduler that adds fresh noise."""
+    engine = Engine.load(ServerArgs(model_path=str(tiny("wan_dmd")), device="cpu"))
+    backend = engine.backend
+    assert isinstance(backend, NativePipeline)
+    job = backend.prepare(_request(engine, asked(num_inference_steps=None)))
+    assert job.schedule.timesteps == (1000, 757, 522) and job.negative_prompt is None
+    seen: dict[str, Tensor] = {}
+    list(backend.run(job, Stopwatch(engine.device), lambda name, x: seen.__setitem__(name, x.clone())))
+
+    pipe = diffusers.WanPipeline.from_pretrained(tiny("wan"))
+    text, _ = pipe.encode_prompt(PROMPT, do_classifier_free_guidance=False, max_sequence_length=24)
+    judge, generator = diffusers.FlowMatchLCMScheduler(), torch.Generator().manual_seed(3)
+    judge.set_timesteps(sigmas=list(job.schedule.sigmas[:-1]))
+    x = torch.randn(seen["initial_latents"].shape, generator=generator)
+    with torch.no_grad():
+        for asked_at, t in zip((1000, 757, 522), judge.timesteps, strict=True):
+            velocity = pipe.transformer(x, torch.tensor([asked_at]), text).sample
+            x = judge.step(velocity, t, x, generator=generator, return_dict=False)[0]
+    assert ((seen["final_latents"] - x).abs().max() / x.std()).item() < 1e-4
+    with pytest.raises(UserError, match="num_inference_steps=4: this model was distilled for 3: 1000,757,522"):
+        engine.run(asked(num_inference_steps=4))
+    with pytest.raises(UserError, match="guidance_scale=5: this model was distilled without; expected 1"):
+        engine.run(asked(num_inference_steps=3, guidance_scale=5.0))
+
+
 # -- two denoisers ------------------------------------------------------------------
 
 
@@ -177,6 +204,15 @@ def test_a_clip_does_not_depend_on_its_neighbours_and_replays_are_equal(tiny: Ti
     assert np.array_equal(again.outputs[0].frames, alone)
     denoising = again.report.effective["cuda_graph"]["denoising"]
     assert denoising["replays"] == 4 and denoising["captures"] == 0
+
+
+def test_a_picture_is_encoded_as_this_request_says_and_not_the_last(tiny: Tiny, pictures: list[str]) -> None:
+    tiles = {"tile_sample_min_height": 64, "tile_sample_min_width": 64}
+    engine = Engine.load(ServerArgs(model_path=str(tiny("wan22_i2v")), device="cpu", vae_config=tiles))
+    params = asked(image_path=pictures[:1], height=128, width=160, num_frames=5)
+    first = engine.run(params).outputs[0].frames
+    engine.backend.parts["vae"].tiling = True  # type: ignore[union-attr] # as a larger request leaves it
+    assert np.array_equal(engine.run(params).outputs[0].frames, first)
 
 
 def test_frames_come_in_chunks_while_later_ones_are_to_be_decoded(tiny: Tiny) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any
 
@@ -28,6 +28,7 @@ from sgl_diffusion.models.family import (
     AttentionFn,
     Condition,
     Defaults,
+    Distilled,
     Execute,
     Guidance,
     Phase,
@@ -38,7 +39,7 @@ from sgl_diffusion.models.family import (
 )
 from sgl_diffusion.models.pictures import fit
 from sgl_diffusion.models.text import umt5_hidden, vision_hidden
-from sgl_diffusion.models.wan.presets import PRESETS, WAN21_480P
+from sgl_diffusion.models.wan.presets import DISTILLED, PRESETS, WAN21_480P
 from sgl_diffusion.models.wan.transformer import PATCH, WanConfig, WanTransformer, hold_first_frame
 
 DENOISERS = ("transformer", "transformer_2")  # of much noise, and of little where there are two
@@ -60,6 +61,7 @@ class Wan:
     """One denoiser or two; parts that a checkpoint lacks are None or not there."""
 
     draws_video = classifier_free = True
+    distilled: Distilled | None = None
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         self.parts = parts
@@ -254,6 +256,25 @@ class Wan:
         if request.first_BC1YX is not None:
             t_SG = torch.cat([torch.zeros_like(t_SG), t_SG], dim=1)  # a given frame has no noise at any step
         return Predictor(model, (request,), model.modulate(t_SG.to(text.device)))
+
+
+class DistilledWan(Wan):
+    """`WanDMDPipeline` (FastVideo's FastWan): three steps without guidance, whatever its scheduler's config says."""
+
+    distilled = Distilled(timesteps=(1000, 757, 522), shift=8.0)
+
+    @classmethod
+    def presets(cls) -> Mapping[str, Preset]:
+        return DISTILLED
+
+    @classmethod
+    def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
+        return replace(super().defaults(configs), num_inference_steps=len(cls.distilled.timesteps), guidance_scale=1.0)
+
+    def check(self, size: Size, guidance: Guidance, max_sequence_length: int, pictures: int) -> None:
+        super().check(size, guidance, max_sequence_length, pictures)
+        if guidance.true_cfg != 1:
+            raise ValueError(f"guidance_scale={guidance.true_cfg:g}: this model was distilled without; expected 1")
 
 
 def _denoisers(configs: Mapping[str, Mapping[str, Any]]) -> dict[str, WanConfig]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from sgl_diffusion.models.autoencoders.wan import LATENTS_MEAN, LATENTS_STD
@@ -223,5 +224,11 @@ PRESETS = {
     ),
     "Wan-AI/Wan2.2-TI2V-5B-Diffusers": _preset(
         _5B, defaults=_defaults(704, 1280, frames=121, fps=24), flow_shift=5.0, vae=_VAE_48, expand_timesteps=True
+    ),
+}
+DISTILLED = {
+    "FastVideo/FastWan2.1-T2V-1.3B-Diffusers": replace(
+        _preset(_1_3B, defaults=_defaults(448, 832, steps=3, guidance=1.0, frames=61), flow_shift=8.0),
+        pipeline_class="WanDMDPipeline",
     ),
 }
