@@ -41,7 +41,7 @@ DEFAULT_PICTURE_QUALITY = 95
 
 @dataclass(frozen=True)
 class Output:
-    """One result: a picture, or a clip, whose frames (F, H, W, 3) are held if it was not written, or by return_frames."""
+    """A picture, or a clip, whose frames (F, H, W, 3) are held if it was not written, or by return_frames."""
 
     prompt: str
     seed: int

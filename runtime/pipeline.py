@@ -170,8 +170,10 @@ class NativePipeline:
         conditions = yield from self._encode(job, watch, gauge, record)
         with gauge.stage("latent_preparation"):
             generators = [torch.Generator().manual_seed(seed) for seed in job.request.seeds()]
-            state = denoise.State.start(family.noise(job.size, generators), schedule)
-            noise = [family.noise(job.size, generators) for _ in range(schedule.noises)]
+            # it is made where the denoiser's weights are, which may be the host
+            x, *noise = [family.noise(job.size, generators).to(self.plan.device) for _ in range(1 + schedule.noises)]
+            state = denoise.State.start(x, schedule)
+            del x
         record("initial_latents", state.x)
         record("timesteps", torch.tensor(schedule.timesteps))
         for phase in family.phases(schedule.timesteps, job.guidance):
