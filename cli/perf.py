@@ -119,7 +119,8 @@ def comparison(names: Sequence[str], reports: Sequence[Report]) -> Table:
 
 def _show_load(console: Console, load: LoadReport) -> None:
     """How every component came to where it lives, before the first request."""
-    table = Table(f"load (threads: {load.readers})", box=SIMPLE)
+    table = Table(box=SIMPLE)
+    table.add_column(f"load, {load.readers} threads", no_wrap=True)
     for column in ("weights", "GB", "GB/s", "ms", "read", "convert", "upload"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, c in load.components.items():

@@ -380,7 +380,7 @@ def test_a_report_tells_how_the_model_was_loaded(
     assert json.loads(dump.read_text())["load"]["total"]["gb_per_s"] > 0
     assert main(["perf", "show", str(dump)]) == 0
     shown = capsys.readouterr().out
-    assert "load (threads: 4)" in shown and "convert" in shown and re.search(r"transformer +read +0\.\d+", shown)
+    assert "load, 4 threads" in shown and "convert" in shown and re.search(r"transformer +read +0\.\d+", shown)
 
 
 def test_a_warm_up_and_dummy_weights_are_told(tiny: Callable[[str], Path]) -> None:
