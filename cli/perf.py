@@ -119,8 +119,7 @@ def comparison(names: Sequence[str], reports: Sequence[Report]) -> Table:
 
 def _show_load(console: Console, load: LoadReport) -> None:
     """How every component came to where it lives, before the first request."""
-    table = Table(box=SIMPLE)
-    table.add_column(f"load, {load.readers} threads", no_wrap=True)
+    table = Table("component", title=f"load, {load.readers} threads", title_justify="left", box=SIMPLE)
     for column in ("weights", "GB", "GB/s", "ms", "read", "convert", "upload"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, c in load.components.items():
