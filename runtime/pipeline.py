@@ -251,7 +251,8 @@ class NativePipeline:
         """Compiles kernels for all sizes. Inside the `with`, shapes are captured, and after it no others."""
         if self.plan.device.type == "cuda":
             compile_kernels(self.blueprint)
-        with capturing(self.graphs, shapes):
+        denoisers = list(self.blueprint.kinds.values()).count("denoiser")
+        with capturing(self.graphs, shapes * denoisers):
             yield
 
     def account(self, job: Job, stages: Sequence[StageTime], total_ms: float) -> Accounting:

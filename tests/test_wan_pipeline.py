@@ -173,6 +173,17 @@ def _predictions(engine: Engine, **sampling: Any) -> list[Tensor]:
     return seen
 
 
+def test_a_warm_up_keeps_the_steps_of_both_denoisers(tiny: Tiny) -> None:
+    sizes = ["32x32", "48x32", "32x48"]
+    warm = {"warmup": True, "warmup_resolutions": sizes, "warmup_steps": 4}
+    args = ServerArgs.model_validate({"model_path": str(tiny("wan22")), "device": "cpu", **warm})
+    engine = Engine.load(args, like=asked(height=None, width=None))
+    for size in sizes:
+        width, height = map(int, size.split("x"))
+        report = engine.run(asked(height=height, width=width)).report
+        assert report.effective["cuda_graph"]["denoising"]["replays"] == 4, size
+
+
 @pytest.mark.parametrize("place", ["component", "layerwise"])
 def test_the_idle_denoiser_is_on_the_host(tiny: Tiny, pictures: list[str], place: str) -> None:
     """On a device that stands in for a GPU, whose memory and whose copies in flight are not numbers."""
