@@ -170,6 +170,10 @@ class Family(Protocol):
         """The native module of a `denoiser` or `vae`, without weights (call it under a meta device)."""
 
     @classmethod
+    def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:
+        """Whether requests to such a checkpoint may hold pictures, which its VAE's encoder is for."""
+
+    @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
         """Defaults of a checkpoint with these component configs."""
 

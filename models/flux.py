@@ -267,6 +267,10 @@ class Flux1:
         return AutoencoderKL(VaeConfig.read(config), attention, **options)
 
     @classmethod
+    def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:
+        return False
+
+    @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
         return DEV_DEFAULTS if configs["transformer"].get("guidance_embeds") else SCHNELL_DEFAULTS
 

@@ -145,8 +145,9 @@ class HashTokenizer:
         self.vocabulary, self.model_max_length = vocabulary, model_max_length
 
     @classmethod
-    def for_encoder(cls, config: Mapping[str, Any]) -> HashTokenizer:
-        """One that fits a text encoder's `config.json`."""
+    def beside(cls, key: str, configs: Mapping[str, Mapping[str, Any]]) -> HashTokenizer:
+        """For the tokenizer with this key, one that fits its text encoder's `config.json`."""
+        config = configs[key.replace("tokenizer", "text_encoder")]
         return cls(config["vocab_size"], config.get("max_position_embeddings", 512))
 
     def __call__(self, text: str | Sequence[str], **options: Any) -> Any:

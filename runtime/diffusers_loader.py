@@ -83,7 +83,7 @@ def dummy_pipe(
             parts[key] = dummy_encoder(key, configs[key], plan.device, plan.dtypes[key], None).eval()
             fill_dummy(parts[key], plan.device, plan.dtypes[key])
         elif kind == "tokenizer":
-            parts[key] = HashTokenizer.for_encoder(configs[key.replace("tokenizer", "text_encoder")])
+            parts[key] = HashTokenizer.beside(key, configs)
         elif kind == "image_processor":
             parts[key] = read_processor(key, configs[key])
     return getattr(diffusers, pipeline_class)(**parts, **configs.get(SETTINGS, {}))

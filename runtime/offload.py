@@ -429,11 +429,13 @@ class Offload:
         """Whether weights of such components have no fixed address."""
         return any(self.kinds[key] == kind for key in self.components)
 
-    def report(self, steps: int) -> dict[str, Any]:
-        """Where the weights of every component live; counts since the last report, of a request of so many steps."""
+    def report(self, steps: Mapping[str, int]) -> dict[str, Any]:
+        """Where the weights of every component live; counts since the last report, of a request in which the denoisers
+        took so many steps.
+        """
         told: dict[str, Any] = {key: {"mode": mode} for key, mode in self.modes.items()}
         for key, component in self.components.items():
-            told[key] = component.report(steps if self.kinds[key] == "denoiser" else None)
+            told[key] = component.report(steps.get(key))
         return told
 
 

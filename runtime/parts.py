@@ -122,4 +122,4 @@ class _Loader:
     def tokenizer(self, key: str) -> Any:
         if self.folders is not None:
             return load_tokenizer(self.folders[key])
-        return HashTokenizer.for_encoder(self.blueprint.configs[key.replace("tokenizer", "text_encoder")])
+        return HashTokenizer.beside(key, self.blueprint.configs)

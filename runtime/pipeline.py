@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -267,14 +268,16 @@ class NativePipeline:
 
     def effective(self, job: Job) -> dict[str, Any]:
         """What took effect, for the report."""
-        guidance = job.guidance
+        guidance, steps = job.guidance, Counter[str]()
+        for phase in self.family.phases(job.schedule.timesteps, guidance):
+            steps[phase.denoiser] += len(phase.steps)
         used = {key: a.used or "not run" for key, a in self.attention.items()}
         return {
             "attention": {**used, **self.encoder_attention},
             "precision": {key: dtype_name(d) for key, d in self.plan.dtypes.items()},
             "vae": {"tiling": self.last_run is not None and self.last_run[1], "slicing": self.plan.vae_slicing},
             "compile": self.compiled,
-            "offload": self.offload.report(job.steps),
+            "offload": self.offload.report(steps),
             "cuda_graph": {stage: graphs.report() for stage, graphs in self.graphs.items()},
             "guidance": asdict(guidance),
             "scheduler": type(self.sampler).__name__,

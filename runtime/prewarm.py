@@ -21,6 +21,7 @@ from sgl_diffusion.runtime.args import OutputOptions, SamplingParams, ServerArgs
 from sgl_diffusion.runtime.blueprint import Blueprint
 from sgl_diffusion.runtime.denoise import State, integrate
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.rehearsal import fewest_pictures
 
 BATCHES = ((1, False), (2, True))  # with and without guidance
 DECODED_FRAMES = 9  # a clip's first chunk, its second, and one that is as all further ones
@@ -85,11 +86,8 @@ def generic_sizes(blueprint: Blueprint, parts: Mapping[str, Any]) -> list[Size]:
 
 
 def _takes(family: Family, size: Size, defaults: Defaults) -> bool:
-    """Whatever number of pictures it is given."""
-    for pictures in range(3):
-        try:
-            family.check(size, Guidance(defaults.guidance_scale), defaults.max_sequence_length, pictures)
-        except ValueError:
-            continue
-        return True
-    return False
+    try:
+        fewest_pictures(family, size, Guidance(defaults.guidance_scale), defaults.max_sequence_length)
+    except ValueError:
+        return False
+    return True

@@ -7,6 +7,7 @@ formula has to be kept in step with it. Where weights live changes nothing here:
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from sgl_diffusion.kernels.launch import rehearsing
-from sgl_diffusion.models.family import ENCODERS, Condition, Execute, Family, Guidance, Size, Tensors, eager
+from sgl_diffusion.models.family import ENCODERS, Condition, Defaults, Execute, Family, Guidance, Size, Tensors, eager
 from sgl_diffusion.models.text import HashTokenizer
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.blueprint import Blueprint
@@ -124,11 +125,7 @@ class Rehearsal:
     def parts(self) -> dict[str, Any]:
         """Components as shapes alone; tokenizers that need no file."""
         configs, kinds = self.blueprint.configs, self.blueprint.kinds
-        tokenizers = {
-            key: HashTokenizer.for_encoder(configs[key.replace("tokenizer", "text_encoder")])
-            for key, kind in kinds.items()
-            if kind == "tokenizer"
-        }
+        tokenizers = {key: HashTokenizer.beside(key, configs) for key, kind in kinds.items() if kind == "tokenizer"}
         parts = self.blueprint.shape_only_parts(self.blueprint.attention_on(self.plan.device))
         for key, part in parts.items():
             if kinds[key] in ENCODERS and self.plan.dtypes[key] == torch.float16 and not self.dummy:
@@ -143,6 +140,24 @@ class Rehearsal:
         """Of a request to a model that may not be loaded yet. Raises UserError if the model cannot honour it."""
         job = settle(request, self.blueprint.defaults, self.family, self.blueprint.sampler())
         return Workload.of(job, decode_only=decode_only)
+
+    def usual_workload(self, defaults: Defaults) -> Workload:
+        """Of one result by these defaults, from as few given pictures as there have to be."""
+        family = self.family
+        size = Size(defaults.height, defaults.width, defaults.num_frames)
+        free = family.classifier_free and (defaults.guidance_scale or 1.0) > 1
+        guidance = Guidance(None if family.classifier_free else defaults.guidance_scale)
+        return Workload(
+            prompts=1,
+            outputs_per_prompt=1,
+            negative=free,
+            size=size,
+            guidance=guidance,
+            schedule=self.blueprint.sampler().schedule(defaults.num_inference_steps, family.image_tokens(size)),
+            text_length=defaults.max_sequence_length,
+            decode_only=False,
+            seen=((size.width, size.height),) * fewest_pictures(family, size, guidance, defaults.max_sequence_length),
+        )
 
     def activations(self, work: Workload, tiling: bool) -> Mapping[str, int]:
         """Bytes of each stage beside the weights, what earlier stages left included."""
@@ -242,6 +257,19 @@ class Rehearsal:
 
     def _live(self) -> LiveBytes:
         return LiveBytes("meta", self.granularity)
+
+
+def fewest_pictures(family: Family, size: Size, guidance: Guidance, text_length: int) -> int:
+    """How many have to be given. Raises ValueError if the checkpoint takes no such request."""
+    try:
+        family.check(size, guidance, text_length, 0)
+    except ValueError:
+        for given in (1, 2):
+            with suppress(ValueError):
+                family.check(size, guidance, text_length, given)
+                return given
+        raise
+    return 0
 
 
 def _like(condition: Condition) -> Condition:

@@ -117,7 +117,7 @@ def settle(request: Request, defaults: Defaults, family: Family, sampler: Sample
     given = request.given
     if "fps" in given and not family.draws_video:
         raise UserError(f"fps={given['fps']}: this model draws pictures")
-    chosen = replace(defaults, **{k: v for k, v in given.items() if hasattr(defaults, k)})
+    chosen = overridden(defaults, given)
     guidance, negative = (_classifier_free if family.classifier_free else _embedded)(request, chosen)
     size = Size(chosen.height, chosen.width, chosen.num_frames)
     paths = given.get("image_path", ())
@@ -130,6 +130,11 @@ def settle(request: Request, defaults: Defaults, family: Family, sampler: Sample
         raise UserError(str(e)) from e
     pictures = tuple(read_pictures(paths)) if paths else ()
     return Job(request, size, guidance, schedule, chosen.max_sequence_length, negative, pictures, chosen.fps)
+
+
+def overridden(defaults: Defaults, given: Mapping[str, Any]) -> Defaults:
+    """The defaults, but for those of the sampling fields that are given."""
+    return replace(defaults, **{name: value for name, value in given.items() if hasattr(defaults, name)})
 
 
 def spelled_out(job: Job, family: Family) -> dict[str, Any]:

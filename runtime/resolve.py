@@ -22,7 +22,7 @@ from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.memory import MemoryPlanner
 from sgl_diffusion.runtime.plan import Plan, Residency, make_plan
 from sgl_diffusion.runtime.rehearsal import Rehearsal
-from sgl_diffusion.runtime.request import Request, resolve_request
+from sgl_diffusion.runtime.request import overridden, resolve_request
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,11 @@ def resolve(args: ServerArgs, requests: Sequence[SamplingParams] = ()) -> Resolv
     """Finds the model the arguments name, and who can run it.
 
     Args:
-        requests: what has to fit a GPU beside the weights that performance_mode=auto leaves there; a picture of default
-            size where nothing is known.
+        requests: what has to fit a GPU beside the weights that performance_mode=auto leaves there; one result of
+            default size where nothing is known.
     Raises:
         UserError: it cannot be found or read, or not be run as asked.
     """
-    requests = requests or [SamplingParams(prompt=["a picture"])]
     return _resolve_dummy(args, requests) if args.load_format == "dummy" else _resolve_checkpoint(args, requests)
 
 
@@ -122,8 +121,7 @@ def _resolve_dummy(args: ServerArgs, requests: Sequence[SamplingParams]) -> Reso
     native = args.backend != "diffusers"
     try:
         sampling_defaults = checkpoint.sampling_defaults if checkpoint else {}
-        asked = [resolve_request(params, sampling_defaults, args) for params in requests]
-        memory = _plan(args, family, configs, defaults, asked, native=native)
+        memory = _plan(args, family, configs, defaults, sampling_defaults, requests, native=native)
     except ConfigError as e:
         raise UserError(f"load_format=dummy: {e}") from e
     plan, blueprint = memory.plan, memory.blueprint
@@ -155,8 +153,7 @@ def _native_memory(
     if args.model_id is not None and preset is None:
         raise UserError(f"model_id={args.model_id}: expected one of {', '.join(family.presets())}")
     defaults = preset.defaults if preset else family.defaults(configs)
-    asked = [resolve_request(params, checkpoint.sampling_defaults, args) for params in requests]
-    return _plan(args, family, configs, defaults, asked, native=True)
+    return _plan(args, family, configs, defaults, checkpoint.sampling_defaults, requests, native=True)
 
 
 def _configs(checkpoint: Checkpoint, family: type[Family]) -> dict[str, Mapping[str, Any]]:
@@ -170,15 +167,18 @@ def _plan(
     family: type[Family],
     configs: Mapping[str, Mapping[str, Any]],
     defaults: Defaults,
-    requests: Sequence[Request],
+    sampling_defaults: Mapping[str, Any],
+    params: Sequence[SamplingParams],
     *,
     native: bool,
 ) -> MemoryPlanner:
     """The planner holds the blueprint. Raises ConfigError if the native family does not understand a config."""
+    requests = [resolve_request(p, sampling_defaults, args) for p in params]
+    usual = overridden(defaults, sampling_defaults)
     vae_options = {
         "tile_height": args.vae_config.tile_sample_min_height,
         "tile_width": args.vae_config.tile_sample_min_width,
-        "with_encoder": args.vae_config.load_encoder,
+        "with_encoder": args.vae_config.load_encoder or family.encodes_pictures(configs),
     }
     rehearsal: Rehearsal | None = None
 
@@ -186,7 +186,8 @@ def _plan(
         nonlocal rehearsal
         memory = MemoryPlanner(Blueprint(family, configs, defaults, plan, vae_options), args)
         rehearsal = memory.rehearsal
-        return memory.choose_offload(ways, [rehearsal.workload(request) for request in requests])
+        works = [rehearsal.workload(request) for request in requests] or [rehearsal.usual_workload(usual)]
+        return memory.choose_offload(ways, works)
 
     kinds = kinds_of(family, configs)
     plan = make_plan(args, kinds, native=native, choose_offload=choose_offload)

@@ -145,7 +145,7 @@ def test_the_published_size_counts_as_published() -> None:
     args = ServerArgs(device="cpu", precision="bf16")
     plan = make_plan(args, family.components())
     tokenizers = {
-        key: HashTokenizer.for_encoder(preset.components[key.replace("tokenizer", "text_encoder")])
+        key: HashTokenizer.beside(key, preset.components)
         for key, kind in family.components().items()
         if kind == "tokenizer"
     }

@@ -202,7 +202,7 @@ def test_weights_stay_in_their_files_where_host_memory_is_short(
     assert isinstance(engine.backend, NativePipeline)
     for key in ("transformer", "vae"):  # nothing holds a copy, and nothing could be read by mistake
         assert all(p.isnan().all() and storage(p) for p in engine.backend.parts[key].parameters())
-        told = engine.backend.offload.report(STEPS)[key]
+        told = engine.backend.offload.report({"transformer": STEPS})[key]
         assert told["host"] == "mapped files" and told["mapped_bytes"] > told["pinned_bytes"] == told["host_bytes"] == 0
     with pytest.raises(UserError, match="pin_cpu_memory=true: host memory has no room for transformer"):
         load(flux, StandIn(), {"transformer": "layerwise"}, pin=True)
@@ -270,7 +270,7 @@ def test_what_works_before_the_first_step_leaves_with_it(flux: Path) -> None:
     assert all(present["before"]) and len(present["before"]) == len(denoiser.modulation.slices) > 1
     assert not any(present["steps"]) and len(present["steps"]) == STEPS * len(blocks)
 
-    told = engine.backend.offload.report(STEPS)["transformer"]
+    told = engine.backend.offload.report({"transformer": STEPS})["transformer"]
     largest = max(sum(p.nbytes for p in block.parameters()) for block in blocks)
     stem = sum(p.nbytes for p in (*denoiser.x_embedder.parameters(), *denoiser.proj_out.parameters()))
     assert told["device_bytes"] == pytest.approx(stem + 2 * largest, rel=0.05)
@@ -280,7 +280,7 @@ def test_what_works_before_the_first_step_leaves_with_it(flux: Path) -> None:
     once = told["copied_bytes"] - STEPS * told["copied_bytes_per_step"]
     assert once >= stem + sum(p.nbytes for p in early)
     drawn(engine, REQUESTS[1])  # a negative prompt's branch begins anew with the first of them
-    assert engine.backend.offload.report(STEPS)["transformer"]["late_layers"] == 1
+    assert engine.backend.offload.report({"transformer": STEPS})["transformer"]["late_layers"] == 1
 
 
 # -- order ------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Drawn, StepDone
 from sgl_diffusion.runtime.pipeline import NativePipeline
 from sgl_diffusion.runtime.request import resolve_request
+from sgl_diffusion.runtime.resolve import resolve
 from sgl_diffusion.runtime.trace import Stopwatch
 from sgl_diffusion.runtime.verify import Verification, verify
 
@@ -300,6 +302,18 @@ def test_prediction_is_what_a_run_holds(
     for stage in stages.values():
         assert stage.measured_mb is not None
         assert stage.predicted_mb == pytest.approx(stage.measured_mb, rel=0.02), stage
+
+
+@pytest.mark.parametrize(("name", "seen"), [("wan", 0), ("wan_i2v", 1), ("wan_flf2v", 2), ("wan22_ti2v", 0)])
+def test_a_model_is_planned_for_before_there_is_a_request(tiny: Tiny, name: str, seen: int) -> None:
+    """As a GPU's choice of offload does; and an autoencoder has an encoder only where there are pictures."""
+    model = resolve(ServerArgs(model_path=str(tiny(name)), device="cpu"))
+    assert model.memory is not None
+    rehearsal = model.memory.rehearsal
+    work = rehearsal.usual_workload(replace(rehearsal.blueprint.defaults, height=64, width=96, num_frames=5))
+    assert work.negative and len(work.seen) == seen
+    assert rehearsal.activations(work, False)["decoding"] > 0
+    assert hasattr(rehearsal.parts["vae"], "encoder") == (name != "wan")
 
 
 # -- mistakes -----------------------------------------------------------------------

@@ -100,9 +100,13 @@ class Wan:
         options: Mapping[str, Any],
     ) -> nn.Module:
         if component == "vae":
-            # pictures are given to most of these models, and an encoder is small beside them
-            return AutoencoderKLWan(WanVaeConfig.read(config), attention, **{**options, "with_encoder": True})
+            return AutoencoderKLWan(WanVaeConfig.read(config), attention, **options)
         return WanTransformer(WanConfig.read(config), attention)
+
+    @classmethod
+    def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:
+        beside = WanConfig.read(configs["transformer"]).condition_channels > 0
+        return beside or read_config(Settings, configs.get(SETTINGS, {})).expand_timesteps
 
     @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
