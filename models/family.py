@@ -127,6 +127,15 @@ class Condition:
         """Every prompt `times` times in a row."""
         return Condition({k: v.repeat_interleave(times, dim=0) for k, v in self.tensors.items()})
 
+    def of(self, index: int) -> Condition:
+        """That of one of the batch."""
+        return Condition({k: v[index : index + 1] for k, v in self.tensors.items()})
+
+    @classmethod
+    def batch(cls, conditions: Sequence[Condition]) -> Condition:
+        """Of several, in their order."""
+        return cls({k: torch.cat([c.tensors[k] for c in conditions]) for k in conditions[0].tensors})
+
     def __or__(self, other: Condition) -> Condition:
         """With another's tensors."""
         return Condition({**self.tensors, **other.tensors})

@@ -149,12 +149,12 @@ class TimeTextEmbedding(nn.Module):
             self.guidance_embedder = TimestepEmbedding(SINUSOID_CHANNELS, D)
         self.text_embedder = TimestepEmbedding(config.pooled_projection_dim, D)
 
-    def forward(self, t_S: Tensor, guidance: Tensor | None, pooled_BC: Tensor) -> Tensor:
-        """(S, B, D) for every step and sample."""
-        embedding = self.timestep_embedder(sinusoid(t_S, pooled_BC.dtype))
+    def forward(self, t_S: Tensor, guidance: Tensor | None, pooled_1C: Tensor) -> Tensor:
+        """(S, D) for every step of one sample."""
+        embedding = self.timestep_embedder(sinusoid(t_S, pooled_1C.dtype))
         if guidance is not None:
-            embedding = embedding + self.guidance_embedder(sinusoid(guidance, pooled_BC.dtype))
-        return embedding[:, None] + self.text_embedder(pooled_BC)
+            embedding = embedding + self.guidance_embedder(sinusoid(guidance, pooled_1C.dtype))
+        return embedding + self.text_embedder(pooled_1C)
 
 
 class FluxTransformer(nn.Module):
@@ -198,9 +198,8 @@ class FluxTransformer(nn.Module):
         Args:
             t_S, guidance: in thousandths and in the model's dtype; guidance of one element, or None.
         """
-        embedding_SBD = self.time_text_embed(t_S, guidance, pooled_BC)
-        S, B = embedding_SBD.shape[:2]
-        y = self.modulation(embedding_SBD.flatten(0, 1)).unflatten(0, (S, B))
+        # sample by sample: products of so few rows differ with their number, and a picture must not with its neighbours
+        y = torch.stack([self.modulation(self.time_text_embed(t_S, guidance, p)) for p in pooled_BC.split(1)], dim=1)
         doubles, singles = 12 * self.config.num_layers, 3 * self.config.num_single_layers
         double, single, out = y.split([doubles, singles, 2], dim=2)
         double_SN6GD = double.unflatten(2, (-1, 2, 6)).permute(0, 2, 4, 3, 1, 5).flatten(3, 4)

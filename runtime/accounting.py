@@ -29,6 +29,7 @@ from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.kernels.op import Op
 from sgl_diffusion.models.family import Condition, Family
+from sgl_diffusion.runtime.batch import encode
 from sgl_diffusion.runtime.blueprint import AT_WORK, Blueprint
 from sgl_diffusion.runtime.denoise import State, integrate
 from sgl_diffusion.runtime.graphs import leaves, shape_class
@@ -228,11 +229,10 @@ class Accountant:
         """The work of each stage of a request."""
         family, request, vae = self.family, job.request, self.parts["vae"]
         vae.tiling, vae.slicing = self.plan.tiles(job.size), self.plan.vae_slicing
-        prompts = [request.prompts]
-        if job.negative_prompt is not None:
-            prompts.append((job.negative_prompt,) * len(request.prompts))
         with counted() as encoding:
-            conditions = [family.encode(p, job.text_length).repeat(request.outputs_per_prompt) for p in prompts]
+            conditions = encode(
+                family, request.prompts, job.negative_prompt, request.outputs_per_prompt, job.text_length
+            )
         work = {"text_encoding": encoding}
         if job.pictures:
             with counted() as work["picture_encoding"]:

@@ -58,7 +58,14 @@ def _as_word(value: Any) -> Any:
     return str(value).lower() if isinstance(value, bool) else value
 
 
+def _as_numbers(value: Any) -> Any:
+    if any(isinstance(item, bool) for item in (value if isinstance(value, list) else [value])):
+        raise ValueError("expected a whole number")
+    return value if isinstance(value, list) else [value]
+
+
 Strings = Annotated[list[str], BeforeValidator(_as_list)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], BeforeValidator(_as_numbers)]
 Resolution = Annotated[str, AfterValidator(_is_resolution)]
 Switch = Annotated[Literal["auto", "true", "false"], BeforeValidator(_as_word)]
 
@@ -172,7 +179,7 @@ class VaeOptions(Options):
     """VAE"""
 
     vae_tiling: bool | None = option(
-        None, "Decode in blended tiles: bounded memory, near-exact seams.", unset="by performance_mode"
+        None, "Decode in tiles: less memory; no seams in clips, blended ones in pictures.", unset="by performance_mode"
     )
     vae_slicing: bool | None = option(None, "Decode the pictures of a batch one by one.", unset="by performance_mode")
     vae_config: VaeConfig = option(
@@ -284,7 +291,9 @@ class PictureOptions(Options):
     num_outputs_per_prompt: int = option(
         1, "Pictures or clips of every prompt.", aliases=["num_outputs", "num_samples"], ge=1
     )
-    seed: int | None = option(None, "Seed of the first picture; each further one adds 1.", unset="42", ge=0, lt=2**63)
+    seed: Seeds | None = option(
+        None, "Seed of the first picture, each further one adds 1; or one for every prompt.", unset="42"
+    )
 
 
 class VideoOptions(Options):
@@ -396,10 +405,10 @@ def value_type(field: FieldInfo) -> type:
     return dict if issubclass(origin, BaseModel) else origin
 
 
-def canonical_names() -> dict[str, str]:
+def canonical_names(models: Sequence[type[Options]] = (ServerArgs, SamplingParams)) -> dict[str, str]:
     """Every spelling of a key (aliases included) -> the field's name."""
     names = {}
-    for model in (ServerArgs, SamplingParams):
+    for model in models:
         for name, field in model.model_fields.items():
             names.update(dict.fromkeys([name, *aliases(field)], name))
     return names
@@ -430,12 +439,13 @@ def parse(model: type[T], values: Mapping[str, Any]) -> T:
     try:
         return model(**values)
     except ValidationError as e:
-        raise UserError(_one_line(e)) from e
+        raise UserError(one_line(e)) from e
 
 
-def _one_line(error: ValidationError) -> str:
+def one_line(error: ValidationError) -> str:
+    """The first of pydantic's complaints: field, value, what is allowed."""
     first = error.errors()[0]
-    field = ".".join(str(p) for p in first["loc"])
+    field = ".".join(p for p in first["loc"] if isinstance(p, str))  # without the place in a list
     context = first.get("ctx", {})
     told = {
         "greater_than_equal": "must be at least {ge}",
@@ -459,5 +469,5 @@ def _one_line(error: ValidationError) -> str:
     }.get(first["type"], first["msg"].replace("{", "{{").replace("}", "}}"))
     if first["type"] == "less_than_equal" and field in ("num_gpus", "tp_size", "sp_degree"):
         told = "this version runs on one device"
-    value = json.dumps(first["input"]) if isinstance(first["input"], bool) else first["input"]
-    return f"{field}={value}: {told.format(**context)}"
+    value = json.dumps(first["input"]) if isinstance(first["input"], bool) else str(first["input"])
+    return f"{field}={value if len(value) <= 200 else value[:200] + '...'}: {told.format(**context)}"

@@ -17,29 +17,43 @@ from sgl_diffusion.runtime.schedulers import Schedule
 
 @dataclass(frozen=True)
 class State:
-    """What goes from step to step: x, and the pictures predicted before it, the latest first."""
+    """What goes from step to step: x, the pictures predicted before it, the latest first, and how many are done."""
 
     x: Tensor
     history: tuple[Tensor, ...] = ()
+    done: int = 0
 
     @classmethod
     def start(cls, x: Tensor, schedule: Schedule) -> State:
         """Before the first step. Predictions that are not there yet are zeros, and count nothing."""
         return cls(x, (torch.zeros_like(x),) * schedule.remembered)
 
+    def left(self, steps: range) -> range:
+        """Those of the steps that are not done yet."""
+        return range(max(self.done, steps.start), steps.stop)
+
 
 @dataclass(frozen=True)
 class Step:
-    """State after a step; `velocity` is the guided prediction the step was made with."""
+    """State after a step; `velocity` is the guided prediction the step was made with.
+
+    `predicted` is what is left of it at sigma 0, where the step computed that.
+    """
 
     index: int
     sigma: float
     state: State
     velocity: Tensor
+    predicted: Tensor | None = None
 
     @property
     def x(self) -> Tensor:
         return self.state.x
+
+    @property
+    def picture(self) -> Tensor:
+        """The state at sigma 0, if the velocity were the same all the way."""
+        return self.x - self.sigma * self.velocity if self.predicted is None else self.predicted
 
 
 @dataclass(frozen=True)
@@ -105,7 +119,7 @@ def integrate(
     noise: Sequence[Tensor] = (),
     execute: Execute = eager,
 ) -> Iterator[Step]:
-    """Takes some steps of a schedule in a row, and gives a `Step` after each; the next range goes on from its state.
+    """Takes those of some steps that are left, and gives a `Step` after each; the next range goes on from its state.
 
     What steps differ in lies on the device before the first: a step moves nothing between host and device.
 
@@ -126,7 +140,8 @@ def integrate(
     sigmas = np.array(schedule.sigmas, np.float32)
     dts = torch.tensor(-sigmas if schedule.weights else np.diff(sigmas), device=device)
     weights = torch.tensor(schedule.weights, dtype=torch.float32, device=device)
-    for i in steps:
+    picture: Tensor | None = None
+    for i in state.left(steps):
         inputs = ((branch.steps[i - steps.start], *branch.request) for branch in branches)
         if schedule.weights:
             # the last step adds no noise: any tensor of the shape does for it
@@ -135,4 +150,4 @@ def integrate(
             history = (picture, *history)[: len(history)]
         else:
             x, velocity = execute(euler, x, dts[i], strength, *inputs)
-        yield Step(i, schedule.sigmas[i + 1], State(x, history), velocity)
+        yield Step(i, schedule.sigmas[i + 1], State(x, history, i + 1), velocity, picture)

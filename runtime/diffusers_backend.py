@@ -225,7 +225,7 @@ class DiffusersPipeline:
         emit: Callable[[Event], None],
     ) -> list[Pixels]:
         count_argument = next((a for a in COUNT_ARGUMENTS if a in self.call_arguments), None)
-        generators = [torch.Generator().manual_seed(s) for s in request.seeds()]
+        generators = [torch.Generator().manual_seed(s) for s in request.seeds]
         batches: list[tuple[list[str], list[torch.Generator], int]] = []
         if count_argument is not None:
             batches.append((list(request.prompts), generators, request.outputs_per_prompt))

@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
+from sgl_diffusion.runtime.card import card, check
+from sgl_diffusion.runtime.checked import Checked
 from sgl_diffusion.runtime.compilation import compilations, keep_compiled_code
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Drawn, Event, Finished, Result, StageFinished, StageStarted
@@ -50,9 +52,10 @@ from sgl_diffusion.runtime.report import (
     memory_checkpoint,
     versions,
 )
-from sgl_diffusion.runtime.request import Job, Request, resolve_request
+from sgl_diffusion.runtime.request import DEFAULT_FPS, Job, Request, resolve_request
 from sgl_diffusion.runtime.resolve import Resolved, resolve
 from sgl_diffusion.runtime.results import Results
+from sgl_diffusion.runtime.snapshots import Snapshot
 from sgl_diffusion.runtime.telemetry import Telemetry
 from sgl_diffusion.runtime.trace import Span, Stopwatch, profiler
 
@@ -60,8 +63,6 @@ if TYPE_CHECKING:
     from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
 
 log = logging.getLogger("sgl_diffusion")
-
-DEFAULT_FPS = 24
 
 
 class Engine:
@@ -120,14 +121,18 @@ class Engine:
 
     # -- a request ------------------------------------------------------------------
 
-    def generate(self, params: SamplingParams) -> Iterator[Event]:
+    def generate(self, params: SamplingParams, resume: Snapshot | None = None) -> Generator[Event, None, None]:
         """Draws a request. The last event is `Finished`; files and the perf dump are written before it.
 
+        Closing the iterator ends the work where it is.
+
+        Args:
+            resume: taken between two steps of the same request, which goes on from there to the same bytes.
         Raises:
             UserError: a request that cannot be honoured, found before any work is done. The perf dump is still written.
             RunFailure: memory ran out, or the model drew something that is not a picture.
         """
-        run = _Run(self, params)
+        run = _Run(self, params, resume)
         try:
             yield from run.events()
         except torch.OutOfMemoryError as e:
@@ -135,6 +140,14 @@ class Engine:
             raise RunFailure(f"out of device memory: {told} Try --performance-mode memory or a smaller picture.") from e
         finally:
             run.close(sys.exc_info()[1])
+
+    def check(self, params: SamplingParams) -> Checked:
+        """What a request comes to; can be asked beside a running one. Raises UserError if it cannot be honoured."""
+        return check(self, params)
+
+    def card(self) -> dict[str, Any]:
+        """The model and how it runs, as plain values."""
+        return card(self)
 
     def run(self, params: SamplingParams) -> Result:
         """Draws a request without progress."""
@@ -147,8 +160,8 @@ class Engine:
 class _Run:
     """One request on its way: what is known so far, so that a failure can be reported with it."""
 
-    def __init__(self, engine: Engine, params: SamplingParams) -> None:
-        self.engine, self.params = engine, params
+    def __init__(self, engine: Engine, params: SamplingParams, resume: Snapshot | None) -> None:
+        self.engine, self.params, self.resume = engine, params, resume
         self.watch = Stopwatch(engine.device, annotate=params.profile)
         self.gauge: Gauge | None = None
         self.started, self.compiled_before = time.perf_counter(), compilations()
@@ -201,6 +214,8 @@ class _Run:
             for name in ("resume_latents", "measure_memory"):
                 if value := getattr(params, name):
                     raise UserError(f"{name}={str(value).lower()}: the diffusers backend cannot do it")
+            if self.resume is not None:
+                raise UserError("resume: the diffusers backend takes no snapshots")
             yield from backend.run(request, self.watch)
             return
         if params.measure_memory and backend.compiled:
@@ -208,7 +223,7 @@ class _Run:
         counting = params.measure_memory
         self.gauge = Gauge(backend.plan.device, counting=counting, weights=module_bytes(backend.parts.values()))
         try:
-            yield from backend.run(job, self.watch, gauge=self.gauge, latents=latents)
+            yield from backend.run(job, self.watch, gauge=self.gauge, latents=latents, resume=self.resume)
         except DecodeFailure as e:
             why = "out of memory" if isinstance(e.__cause__, torch.OutOfMemoryError) else str(e.__cause__)
             if latents is not None or not plan or not torch.isfinite(e.latents).all():  # no decode would help those
@@ -255,7 +270,7 @@ class _Run:
         return {
             "prompt": request.prompt_of(index),
             "negative_prompt": request.negative_prompt,
-            "seed": request.seeds()[index],
+            "seed": request.seeds[index],
             "model": self.engine.args.model_path,
             "pipeline_class": self.engine.model.pipeline_class,
             "backend": self.engine.backend.name,
@@ -284,6 +299,7 @@ class _Run:
             "device": str(engine.device),
             "performance_mode": {"mode": engine.args.performance_mode, "chose": dict(engine.backend.plan.chosen)},
             "warmup": engine.warmed_up,
+            "resumed_after_step": None if self.resume is None else self.resume.step,
             "compilations": asdict(compilations() - self.compiled_before),
             "ignored": [],
         }
@@ -292,7 +308,7 @@ class _Run:
             meta |= {
                 "prompt": list(request.prompts),
                 "negative_prompt": request.negative_prompt,
-                "seed": request.seeds(),
+                "seed": request.seeds,
                 **request.given,
             }
             if error is None:
@@ -328,7 +344,7 @@ class _Run:
         backend = self.engine.backend
         if self.request is None or self.params.perf_dump_path is None or not isinstance(backend, NativePipeline):
             return None
-        if self.params.resume_latents is not None:  # most of the work was another run's
+        if self.params.resume_latents is not None or self.resume is not None:  # some of the work was another run's
             return None
         try:
             return backend.account(self.job, stages, total_ms)

@@ -62,7 +62,7 @@ def save_latents(x: Tensor, request: Request, args: ServerArgs, path: Path) -> P
         "prompt": list(request.prompts),
         "negative_prompt": request.negative_prompt,
         "num_outputs_per_prompt": request.outputs_per_prompt,
-        "seed": request.seed,
+        "seed": list(request.seeds[:: request.outputs_per_prompt]),
         **request.given,
     }
     note = json.dumps({"sampling": sampling, "model": args.model_dump(include=set(MODEL))}, sort_keys=True)

@@ -61,7 +61,7 @@ def plan_outputs(params: SamplingParams, request: Request, *, is_video: bool) ->
             a file of another run.
     """
     folder = Path(params.output_path)
-    paths = [folder / name for name in _names(params, request, is_video=is_video)]
+    paths = [folder / name for name in output_names(params, request, is_video=is_video)]
     _make_writable(folder)
     for index, path in enumerate(paths):
         if path.exists():
@@ -74,7 +74,7 @@ def plan_outputs(params: SamplingParams, request: Request, *, is_video: bool) ->
     return paths
 
 
-def _names(params: SamplingParams, request: Request, *, is_video: bool) -> list[str]:
+def output_names(params: SamplingParams, request: Request, *, is_video: bool) -> list[str]:
     name = params.output_file_name or _default_name(request)
     if Path(name).name != name:
         raise UserError(f"output_file_name={name}: must not hold a folder; use output_path for it")
@@ -112,7 +112,7 @@ def request_digest(request: Request, index: int) -> str:
     asked = {
         "prompt": request.prompt_of(index),
         "negative_prompt": request.negative_prompt,
-        "seed": request.seeds()[index],
+        "seed": request.seeds[index],
         "given": dict(request.given),
         "diffusers_kwargs": dict(request.diffusers_kwargs),
         "model": dict(request.model),

@@ -56,7 +56,7 @@ def _read_picture(path: str) -> Image.Image:
 
 def _read_bytes(path: str) -> bytes:
     if path.startswith("data:"):
-        data = _data_uri(path)
+        data = decode_data_uri(path)
     elif path.startswith(("http://", "https://")):
         with urllib.request.urlopen(path, timeout=DOWNLOAD_SECONDS) as answer:
             data = _read_bounded(answer)
@@ -72,8 +72,8 @@ def _read_bounded(file: BinaryIO) -> bytes:
     return file.read(MAX_BYTES + 1)
 
 
-def _data_uri(uri: str) -> bytes:
-    """The bytes of `data:<type>[;base64],<data>` (RFC 2397)."""
+def decode_data_uri(uri: str) -> bytes:
+    """The bytes of `data:<type>[;base64],<data>` (RFC 2397). Raises ValueError."""
     kind, comma, data = uri.partition(",")
     if not comma:
         raise ValueError("expected data:<type>;base64,<data>")

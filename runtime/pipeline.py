@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion.models.family import Condition, Phase
+from sgl_diffusion.models.family import Condition, Phase, Size
 from sgl_diffusion.models.text import PromptTooLong
 from sgl_diffusion.runtime import denoise
 from sgl_diffusion.runtime.accounting import Accountant
 from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.batch import Neighbours, encode
 from sgl_diffusion.runtime.blueprint import AT_WORK, Blueprint
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Drawn, Event, Pixels, StageFinished, StageStarted, StepDone
@@ -32,6 +33,7 @@ from sgl_diffusion.runtime.prewarm import compile_kernels
 from sgl_diffusion.runtime.rehearsal import Workload
 from sgl_diffusion.runtime.report import Accounting, MemoryReport, StageTime
 from sgl_diffusion.runtime.request import Job, Request, settle
+from sgl_diffusion.runtime.snapshots import Snapshot, digests
 from sgl_diffusion.runtime.tape import Tapes
 from sgl_diffusion.runtime.trace import Stopwatch
 
@@ -51,6 +53,28 @@ class DecodeFailure(RunFailure):
     def __init__(self, latents: Tensor) -> None:
         super().__init__("the latents could not be decoded")
         self.latents = latents
+
+
+@dataclass(frozen=True)
+class BetweenSteps:
+    """A request after one of its steps: an `events.Drawing`."""
+
+    pipeline: NativePipeline
+    job: Job
+    condition: Condition
+    step: denoise.Step
+
+    @torch.inference_mode()
+    def preview(self) -> list[Pixels]:
+        family = self.pipeline.family
+        with self.pipeline.offload.on_device("vae"):
+            decoded = next(family.decode(family.finished(self.step.picture, self.condition), self.job.size))
+            pixels = to_pixels(decoded)
+        return [frames[0] for frames in pixels] if family.draws_video else pixels
+
+    def snapshot(self) -> Snapshot:
+        x, *history = (states.cpu() for states in (self.step.x, *self.step.state.history))
+        return Snapshot(self.step.state.done, x, tuple(history), digests(self.job.request))
 
 
 class NativePipeline:
@@ -92,6 +116,7 @@ class NativePipeline:
         self.graphs = make_graphs(args.enable_cuda_graph, recorder, prevented)
         tokenizers = {key: self.parts[key] for key, kind in blueprint.kinds.items() if kind == "tokenizer"}
         self.accountant = Accountant(blueprint, tokenizers)
+        self.neighbours = Neighbours()
 
     def _compile(self) -> dict[str, int]:
         """Regional compilation: every block of a denoiser's block lists. Component -> number of blocks."""
@@ -124,13 +149,15 @@ class NativePipeline:
         *,
         gauge: Gauge | None = None,
         latents: Latents | None = None,
+        resume: Snapshot | None = None,
     ) -> Generator[Event, None, None]:
         """Yields progress, and the results as they are decoded (`Drawn`), the frames of a clip in chunks.
 
         Args:
             latents: of an earlier run of the request, which are decoded.
+            resume: of an earlier run of the request, which is gone on with.
         Raises:
-            UserError: the request cannot be honoured, or not in the memory there is.
+            UserError: the request cannot be honoured, or not in the memory there is; the snapshot is not of it.
             DecodeFailure: the latents are finished, but not the pictures.
         """
         gauge = gauge or Gauge(self.plan.device)
@@ -141,7 +168,7 @@ class NativePipeline:
         vae.tiling, vae.slicing = tiling, self.plan.vae_slicing
         if latents is None:
             self.memory.reserve_decode(work, tiling)
-            x = yield from self._draw(job, watch, gauge, record)
+            x = yield from self._draw(job, watch, gauge, record, resume)
         else:
             generators = [torch.Generator()] * job.request.count
             x = latents.of_shape(self.family.noise(work.size, generators).shape).to(self.plan.device)
@@ -149,12 +176,18 @@ class NativePipeline:
         yield StageStarted("decoding")
         with watch.span("decoding"), self.offload.on_device("vae"):
             try:
-                chunks = self.family.decode(x, work.size, self.graphs["decoding"])
+                chunks = self._chunks(x, work.size, tiling)
                 while (pixels := self._next_pixels(chunks, gauge, record)) is not None:
                     yield Drawn(pixels)
             except (torch.OutOfMemoryError, RunFailure) as e:
                 raise DecodeFailure(x) from e
         yield StageFinished("decoding")
+
+    def _chunks(self, x: Tensor, size: Size, tiling: bool) -> Iterator[Tensor]:
+        execute = self.graphs["decoding"]
+        if self.plan.vae_slicing:  # one by one as it is
+            return self.family.decode(x, size, execute)
+        return self.neighbours.decode(self.family, x, size, execute, tiling=tiling)
 
     def _next_pixels(self, chunks: Iterator[Tensor], gauge: Gauge, record: Record) -> list[Pixels] | None:
         """Of every result of the request, the next frames of a clip, or the picture; None after the last."""
@@ -165,19 +198,23 @@ class NativePipeline:
             record("pixels", decoded)
             return to_pixels(decoded)
 
-    def _draw(self, job: Job, watch: Stopwatch, gauge: Gauge, record: Record) -> Generator[Event, None, Tensor]:
+    def _draw(
+        self, job: Job, watch: Stopwatch, gauge: Gauge, record: Record, resume: Snapshot | None
+    ) -> Generator[Event, None, Tensor]:
         """Yields progress and returns the finished latents; all that led to them is free when the decode begins."""
         family, schedule = self.family, job.schedule
         conditions = yield from self._encode(job, watch, gauge, record)
         with gauge.stage("latent_preparation"):
-            generators = [torch.Generator().manual_seed(seed) for seed in job.request.seeds()]
+            generators = [torch.Generator().manual_seed(seed) for seed in job.request.seeds]
             # it is made where the denoiser's weights are, which may be the host
             x, *noise = [family.noise(job.size, generators).to(self.plan.device) for _ in range(1 + schedule.noises)]
-            state = denoise.State.start(x, schedule)
+            state = denoise.State.start(x, schedule) if resume is None else resume.state(job.request, x, schedule)
             del x
         record("initial_latents", state.x)
         record("timesteps", torch.tensor(schedule.timesteps))
         for phase in family.phases(schedule.timesteps, job.guidance):
+            if not state.left(phase.steps):
+                continue
             with self.offload.on_device("denoiser", phase.denoiser):
                 state = yield from self._take(phase, job, conditions, state, noise, watch, gauge, record)
         record("final_latents", state.x)
@@ -200,7 +237,9 @@ class NativePipeline:
         with watch.span("latent_preparation"), gauge.stage("latent_preparation"):
             timesteps = schedule.timesteps[phase.steps.start : phase.steps.stop]
             positive, *negative = [
-                self.family.predictor(condition, job.size, job.guidance, timesteps, phase.denoiser)
+                self.neighbours.predictor(
+                    self.family, state.x, condition, job.size, job.guidance, timesteps, phase.denoiser
+                )
                 for condition in conditions
             ]
         yield StageFinished("latent_preparation")
@@ -211,11 +250,11 @@ class NativePipeline:
             loop = denoise.integrate(
                 state, schedule, phase.steps, positive, against, phase.scale, noise=noise, execute=execute
             )
-            for i in phase.steps:
+            for i in state.left(phase.steps):
                 with watch.span("denoise_step"), gauge.stage("denoising"):
                     step = next(loop)
                 record(f"prediction_{i}", step.velocity)
-                yield StepDone(i + 1, schedule.steps)
+                yield StepDone(i + 1, schedule.steps, BetweenSteps(self, job, conditions[0], step))
         yield StageFinished("denoising")
         return step.state
 
@@ -224,15 +263,12 @@ class NativePipeline:
     ) -> Generator[Event, None, list[Condition]]:
         """Yields progress and returns what the model is told: in the positive branch, and in the negative if there is
         one."""
-        family, request, n = self.family, job.request, job.request.outputs_per_prompt
-        texts = [request.prompts]
-        if job.negative_prompt is not None:
-            texts.append((job.negative_prompt,) * len(request.prompts))
+        family, request = self.family, job.request
+        texts = request.prompts, job.negative_prompt, request.outputs_per_prompt, job.text_length
         yield StageStarted("text_encoding")
         with watch.span("text_encoding"), gauge.stage("text_encoding"), self.offload.on_device("text_encoder"):
             try:
-                execute = self.graphs["text_encoding"]
-                conditions = [family.encode(text, job.text_length, execute).repeat(n) for text in texts]
+                conditions = encode(family, *texts, self.graphs["text_encoding"])
             except PromptTooLong as e:
                 raise UserError(str(e)) from e
         yield StageFinished("text_encoding")
@@ -281,6 +317,7 @@ class NativePipeline:
             "cuda_graph": {stage: graphs.report() for stage, graphs in self.graphs.items()},
             "guidance": asdict(guidance),
             "scheduler": type(self.sampler).__name__,
+            "batch": self.neighbours.report(),
             "size": [job.size.height, job.size.width],
             "num_frames": job.size.frames,
             "num_inference_steps": job.steps,

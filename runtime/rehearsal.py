@@ -22,6 +22,7 @@ from sgl_diffusion.kernels.launch import rehearsing
 from sgl_diffusion.models.family import ENCODERS, Condition, Defaults, Execute, Family, Guidance, Size, Tensors, eager
 from sgl_diffusion.models.text import HashTokenizer
 from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.batch import Neighbours, encode
 from sgl_diffusion.runtime.blueprint import Blueprint
 from sgl_diffusion.runtime.denoise import State, integrate
 from sgl_diffusion.runtime.graphs import Graphs
@@ -189,10 +190,8 @@ class Rehearsal:
         if key not in self._encoded:
             live, prompts = self._live(), [""] * work.prompts
             with live.rising():
-                conditions = [
-                    self.family.encode(prompts, work.text_length).repeat(work.outputs_per_prompt)
-                    for _ in range(2 if work.negative else 1)
-                ]
+                negative = "" if work.negative else None
+                conditions = encode(self.family, prompts, negative, work.outputs_per_prompt, work.text_length)
             self._encoded[key] = live.peak, conditions
         return self._encoded[key]
 
@@ -209,7 +208,7 @@ class Rehearsal:
         """Peaks of the preparation and of the loop, and what stays: the final latents, and what tapes keep."""
         family, generators = self.family, [torch.Generator()] * work.pictures
         preparing = denoising = 0
-        taped = Graphs(Tapes())
+        taped, neighbours = Graphs(Tapes()), Neighbours()
         with live.rising():
             given = [_like(condition) for condition in conditions]
             state = State.start(family.noise(work.size, generators), work.schedule)
@@ -219,7 +218,9 @@ class Rehearsal:
             with live.rising():
                 timesteps = work.schedule.timesteps[phase.steps.start : phase.steps.stop]
                 positive, *negative = [
-                    family.predictor(condition, work.size, work.guidance, timesteps, phase.denoiser)
+                    neighbours.predictor(
+                        family, state.x, condition, work.size, work.guidance, timesteps, phase.denoiser
+                    )
                     for condition in given
                 ]
             preparing = max(preparing, live.peak)
@@ -249,7 +250,10 @@ class Rehearsal:
                 x = self.family.noise(size, [torch.Generator()] * pictures)
             latents = live.now
             with live.rising():
-                for chunk in self.family.decode(x, size):
+                chunks = self.family.decode(x, size)
+                if not vae.slicing:
+                    chunks = Neighbours().decode(self.family, x, size, eager, tiling=tiling)
+                for chunk in chunks:
                     quantised(chunk)
                     del chunk
             self._decoded[key] = latents, live.peak - latents

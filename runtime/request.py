@@ -16,19 +16,20 @@ from sgl_diffusion.runtime.pictures import read_pictures
 from sgl_diffusion.runtime.schedulers import Sampler, Schedule
 
 DEFAULT_SEED = 42
+DEFAULT_FPS = 24
 
 
 @dataclass(frozen=True)
 class Request:
     """What to draw. `given` holds what the user or the checkpoint's `sampling_defaults.json` said about sampling.
 
-    Picture `i` of a request has prompt `prompts[i // outputs_per_prompt]` and seed `seed + i`.
+    Picture `i` of a request has prompt `prompts[i // outputs_per_prompt]` and seed `seeds[i]`.
     """
 
     prompts: tuple[str, ...]
     negative_prompt: str | None
     outputs_per_prompt: int
-    seed: int
+    seeds: tuple[int, ...]
     given: Mapping[str, Any]
     diffusers_kwargs: Mapping[str, Any]
     model: Mapping[str, Any]  # the server arguments that differ from their defaults: they change the picture too
@@ -39,9 +40,6 @@ class Request:
 
     def prompt_of(self, index: int) -> str:
         return self.prompts[index // self.outputs_per_prompt]
-
-    def seeds(self) -> list[int]:
-        return [self.seed + i for i in range(self.count)]
 
 
 # fields of SamplingParams that say how to sample, as opposed to what to draw and where to save it
@@ -75,7 +73,7 @@ def resolve_request(params: SamplingParams, checkpoint_defaults: Mapping[str, An
         prompts=prompts,
         negative_prompt=params.negative_prompt,
         outputs_per_prompt=params.num_outputs_per_prompt,
-        seed=DEFAULT_SEED if params.seed is None else params.seed,
+        seeds=_seeds(params, len(prompts)),
         given=given,
         diffusers_kwargs=params.diffusers_kwargs,
         model=server.model_dump(exclude_defaults=True, exclude={"log_level"}) | {"model_path": server.model_path},
@@ -178,6 +176,18 @@ def _classifier_free(request: Request, chosen: Defaults) -> tuple[Guidance, str 
     if "guidance_scale_2" in request.given:
         raise UserError(f"guidance_scale_2: has no effect with guidance_scale={scale:g}; expected above 1")
     return Guidance(None), None
+
+
+def _seeds(params: SamplingParams, prompts: int) -> tuple[int, ...]:
+    """Of every result. The first seed counts on over all of them; seeds of the prompts count on over theirs."""
+    n, given = params.num_outputs_per_prompt, params.seed or [DEFAULT_SEED]
+    if len(given) == 1:
+        return tuple(given[0] + i for i in range(prompts * n))
+    if len(given) != prompts:
+        raise UserError(
+            f"seed={' '.join(map(str, given))}: {len(given)} for {prompts} prompts; expected 1 or {prompts}"
+        )
+    return tuple(first + i for first in given for i in range(n))
 
 
 def _prompts(params: SamplingParams) -> tuple[str, ...]:

@@ -98,7 +98,7 @@ class Results:
     def _output(self, index: int, drawn: Sequence[Pixels]) -> Output:
         return Output(
             prompt=self.request.prompt_of(index),
-            seed=self.request.seeds()[index],
+            seed=self.request.seeds[index],
             index=index,
             image=Image.fromarray(drawn[0]) if self.fps is None else None,
             frames=np.concatenate(drawn) if self.fps is not None and drawn else None,

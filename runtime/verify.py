@@ -103,7 +103,7 @@ def verify(args: ServerArgs, params: SamplingParams, tolerance: float | None = N
     settings = {
         "model": args.model_path,
         "prompts": list(request.prompts),
-        "seeds": request.seeds(),
+        "seeds": request.seeds,
         **given,
     }
     return Verification(rows, bound, settings, versions(native.device))

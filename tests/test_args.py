@@ -170,7 +170,7 @@ def test_a_config_file_sets_what_the_flags_do_not(tmp_path: Path, suffix: str) -
     file = tmp_path / f"config{suffix}"
     file.write_text(json.dumps(SPEC_CONFIG) if suffix == ".json" else yaml.safe_dump(SPEC_CONFIG))
     server, sampling = parse("--config", str(file), "--seed", "7", "--height", "480")
-    assert (sampling.seed, sampling.height, sampling.width) == (7, 480, 1280)
+    assert (sampling.seed, sampling.height, sampling.width) == ([7], 480, 1280)
     assert sampling.prompt == [SPEC_CONFIG["prompt"]]
     assert sampling.guidance_scale is None and "guidance_scale" not in sampling.model_fields_set
     assert server.sp_degree == 1
@@ -256,7 +256,7 @@ def test_help_shows_every_flag_with_its_default(capsys: pytest.CaptureFixture[st
     assert all(f" --{name.replace('_', '-')} " in shown.partition("Model:")[2].replace(",", " ") for name in fields)
     assert shown.count("(default: ") == len(fields)
     assert "load_encoder" in shown
-    assert "Seed of the first picture; each further one adds 1. (default: 42)" in shown
+    assert "Seed of the first picture, each further one adds 1; or one for every prompt. (default: 42)" in shown
 
 
 def test_arguments_work_from_python() -> None:

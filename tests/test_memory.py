@@ -466,7 +466,7 @@ def test_latents_are_not_decoded_as_something_else(
     kept = str(tmp_path / "a.latents.safetensors")
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     refusals = [
-        (engine, {"resume_latents": kept, "seed": 3}, "seed=3: no effect with resume_latents"),
+        (engine, {"resume_latents": kept, "seed": 3}, r"seed=\[3\]: no effect with resume_latents"),
         (engine, {"resume_latents": str(tmp_path / "broken.safetensors")}, "cannot be read"),
         (engine, {"resume_latents": str(tmp_path / "none.safetensors")}, "cannot be read"),
         (load("embedded"), {"resume_latents": kept}, "made with model_path="),

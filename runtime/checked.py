@@ -1,0 +1,26 @@
+"""What a request comes to, as a process without torch can hold it. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a request comes to. Of a diffusers pipeline, what the request leaves open is not known: None.
+
+    Attributes:
+        fps: None for pictures.
+        count: results.
+        work: a measure of the cost, in tokens and steps, or in pixels; comparable within one model.
+        batch_key: requests with the same one can be drawn as one request; None: by itself only.
+    """
+
+    height: int | None
+    width: int | None
+    num_frames: int | None
+    fps: int | None
+    steps: int | None
+    count: int
+    work: float
+    batch_key: str | None
