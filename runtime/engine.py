@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.card import card, check
@@ -135,6 +136,8 @@ class Engine:
         run = _Run(self, params, resume)
         try:
             yield from run.events()
+        except RunFailure as e:
+            raise run.failure(str(e)) from e
         except torch.OutOfMemoryError as e:
             told = str(e).splitlines()[0]
             raise RunFailure(f"out of device memory: {told} Try --performance-mode memory or a smaller picture.") from e
@@ -169,7 +172,9 @@ class _Run:
         self.request_id = uuid.uuid4().hex
         self.request: Request | None = None
         self.job: Any = None  # as the backend prepares a request
+        self.plan: Sequence[Path] = ()  # the results' files
         self.paths: list[Path] = []
+        self.latents: Tensor | None = None  # finished ones, that this run has made
         self.telemetry: Telemetry | None = None
         self.finished = False
 
@@ -182,11 +187,13 @@ class _Run:
         self.request = request = resolve_request(params, engine.model.sampling_defaults, engine.args)
         self.job = job = engine.backend.prepare(request)
         plan = plan_outputs(params, request, is_video=engine.backend.draws_video) if params.save_output else []
+        self.plan = plan
         trace = trace_path(plan) if params.profile else None
         with Results(request, params, self._fps(request), plan, self._metadata) as results:
             with self._observed(trace):
-                for event in self._events_of(request, job, latents, plan):
+                for event in self._events_of(request, job, latents):
                     if isinstance(event, Drawn):
+                        self.latents = None if latents else event.latents
                         results.add(event.pixels)
                     else:
                         yield event
@@ -205,10 +212,8 @@ class _Run:
             report.write(Path(params.perf_dump_path))
         yield Finished(Result(outputs, self.paths, report))
 
-    def _events_of(
-        self, request: Request, job: Any, latents: Latents | None, plan: Sequence[Path]
-    ) -> Generator[Event, None, None]:
-        """Draws the request, or decodes its latents. Latents whose decode fails are kept beside the planned results."""
+    def _events_of(self, request: Request, job: Any, latents: Latents | None) -> Generator[Event, None, None]:
+        """Draws the request, or decodes its latents."""
         backend, params = self.engine.backend, self.params
         if not isinstance(backend, NativePipeline):
             for name in ("resume_latents", "measure_memory"):
@@ -226,14 +231,24 @@ class _Run:
             yield from backend.run(job, self.watch, gauge=self.gauge, latents=latents, resume=self.resume)
         except DecodeFailure as e:
             why = "out of memory" if isinstance(e.__cause__, torch.OutOfMemoryError) else str(e.__cause__)
-            if latents is not None or not plan or not torch.isfinite(e.latents).all():  # no decode would help those
-                raise RunFailure(f"the decode failed: {why}") from e
-            path = save_latents(e.latents, request, self.engine.args, latents_path(plan))
-            self.paths.append(path)
-            raise RunFailure(
-                f"the decode failed: {why}. The finished latents are kept: --resume-latents {path} decodes them, "
-                "for example with --vae-tiling"
-            ) from e
+            self.latents = None if latents else e.latents
+            raise RunFailure(f"the decode failed: {why}") from e
+
+    def failure(self, why: str) -> RunFailure:
+        """Says why. Latents that are finished but not decoded, or not written, are kept beside the planned results, if
+        another decode could help.
+        """
+        if self.latents is None or not self.plan or self.request is None or not torch.isfinite(self.latents).all():
+            return RunFailure(why)
+        try:
+            path = save_latents(self.latents, self.request, self.engine.args, latents_path(self.plan))
+        except RunFailure as e:
+            return RunFailure(f"{why}; nor are its latents kept: {e}")
+        self.paths.append(path)
+        return RunFailure(
+            f"{why}. The finished latents are kept: --resume-latents {path} decodes them, "
+            "for example with --vae-tiling or to another folder"
+        )
 
     def _fps(self, request: Request) -> int | None:
         """Frames per second of the clips; None for pictures."""

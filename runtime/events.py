@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sgl_diffusion.runtime.output import Output
     from sgl_diffusion.runtime.report import Report
     from sgl_diffusion.runtime.snapshots import Snapshot
@@ -55,9 +57,13 @@ class StepDone:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Of every result of the request, in order: the picture, or the next frames of the clip."""
+    """Of every result of the request, in order: the picture, or the next frames of the clip.
+
+    `latents` are what all of it is decoded from; the diffusers backend does not tell.
+    """
 
     pixels: Sequence[Pixels]
+    latents: Tensor | None = None
 
 
 @dataclass(frozen=True)

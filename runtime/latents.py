@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sgl_diffusion.runtime.args import OutputOptions, SamplingParams, ServerArgs, parse
-from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.files import whole
 from sgl_diffusion.runtime.output import METADATA_KEY
 from sgl_diffusion.runtime.request import Request
@@ -66,9 +66,17 @@ def save_latents(x: Tensor, request: Request, args: ServerArgs, path: Path) -> P
         **request.given,
     }
     note = json.dumps({"sampling": sampling, "model": args.model_dump(include=set(MODEL))}, sort_keys=True)
-    with whole(path) as part:
-        save_file({TENSOR: x.detach().cpu().contiguous()}, part, {METADATA_KEY: note})
+    save_tensors({TENSOR: x.detach().cpu()}, note, path)
     return path
+
+
+def save_tensors(tensors: Mapping[str, Tensor], note: str, path: Path) -> None:
+    """Writes tensors of the host, with a note of ours. Raises RunFailure if the disk does not take the file."""
+    with whole(path) as part:
+        try:
+            save_file({name: x.contiguous() for name, x in tensors.items()}, part, {METADATA_KEY: note})
+        except SafetensorError as e:
+            raise RunFailure(f"{path} cannot be written: {e}") from e
 
 
 def read_latents(path: Path) -> Latents:

@@ -178,7 +178,7 @@ class NativePipeline:
             try:
                 chunks = self._chunks(x, work.size, tiling)
                 while (pixels := self._next_pixels(chunks, gauge, record)) is not None:
-                    yield Drawn(pixels)
+                    yield Drawn(pixels, x)
             except (torch.OutOfMemoryError, RunFailure) as e:
                 raise DecodeFailure(x) from e
         yield StageFinished("decoding")

@@ -307,6 +307,11 @@ def memory_checkpoint(device: torch.device) -> MemoryCheckpoint:
 
 def versions(device: torch.device) -> dict[str, str | None]:
     """What ran: packages, Python, and the device by name."""
+    return dict(_versions(device))
+
+
+@cache  # it takes longer to read than a small step
+def _versions(device: torch.device) -> dict[str, str | None]:
     import torch
 
     found: dict[str, str | None] = {}

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from sgl_diffusion.runtime.denoise import State
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.files import whole
+from sgl_diffusion.runtime.latents import save_tensors
 from sgl_diffusion.runtime.output import METADATA_KEY, request_digest
 from sgl_diffusion.runtime.request import Request
 from sgl_diffusion.runtime.schedulers import Schedule
@@ -63,8 +62,7 @@ def save_snapshot(snapshot: Snapshot, path: Path) -> None:
     """Raises RunFailure if the disk does not take the file."""
     states: Sequence[Tensor] = (snapshot.x, *snapshot.history)
     note = json.dumps({"step": snapshot.step, "digests": snapshot.digests})
-    with whole(path) as part:
-        save_file({str(i): x.contiguous() for i, x in enumerate(states)}, part, {METADATA_KEY: note})
+    save_tensors({str(i): x for i, x in enumerate(states)}, note, path)
 
 
 def read_snapshot(path: Path) -> Snapshot:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from collections.abc import Callable
@@ -243,6 +244,27 @@ def test_frames_come_in_chunks_while_later_ones_are_to_be_decoded(tiny: Tiny) ->
     events = list(backend.run(backend.prepare(_request(engine, asked())), Stopwatch(engine.device)))
     assert [len(e.pixels[0]) for e in events if isinstance(e, Drawn)] == [1, 4, 4]
     assert [e.step for e in events if isinstance(e, StepDone)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("room", [100_000, 3_000])
+def test_a_clip_that_cannot_be_written_leaves_its_latents(tiny: Tiny, tmp_path: Path, room: int) -> None:
+    engine = Engine.load(ServerArgs(model_path=str(tiny("wan")), device="cpu"))
+    params = asked(save_output=True, output_path=str(tmp_path), output_file_name="a.mp4", return_frames=True)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        with pytest.raises(RunFailure, match=r"a\.(npy|mp4) cannot be written: File too large") as failure:
+            engine.run(params)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    kept = tmp_path / "a.latents.safetensors"
+    assert [path.name for path in tmp_path.iterdir()] == ([kept.name] if room == 100_000 else [])
+    assert ("--resume-latents" if room == 100_000 else "latents.safetensors cannot be written") in str(failure.value)
+    if kept.exists():
+        given = {"output_path": str(tmp_path), "return_frames": True, "output_file_name": "b.mp4"}
+        engine.run(SamplingParams(resume_latents=str(kept), **given))
+        engine.run(params)
+        assert (tmp_path / "b.npy").read_bytes() == (tmp_path / "a.npy").read_bytes()
 
 
 @pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
