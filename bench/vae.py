@@ -1,7 +1,7 @@
 """`sglang bench vae`: the decoding of latents, ours and that of diffusers, in one process and by turns.
 
 Both autoencoders hold the same random weights and decode the same latents, and their results are compared before any
-time is believed.
+time is believed. In tiles, clips are compared with the decode of the whole by diffusers, whose own tiles have seams.
 """
 
 from __future__ import annotations
@@ -43,11 +43,21 @@ class Comparison:
     memory_ratio: float
     difference: float  # relative L2
     rounds: int
+    whole_ms: float | None = None  # of ours without tiles, beside ours in tiles
+    whole_peak_mib: float | None = None
 
 
-def compare(sides: Mapping[str, Callable[[], Tensor]], device: torch.device, precision: str, rounds: int) -> Comparison:
-    """`native` and `diffusers` by turns, each first in its turn.
+def compare(
+    sides: Mapping[str, Callable[[], Tensor]],
+    device: torch.device,
+    precision: str,
+    rounds: int,
+    judge: Tensor | None = None,
+) -> Comparison:
+    """`native`, `diffusers` and perhaps `whole` by turns, one way round and the other.
 
+    Args:
+        judge: what `native` has to give, if it is not what `diffusers` gives.
     Raises:
         RunFailure: the results differ: a wrong answer is not timed.
     """
@@ -56,7 +66,7 @@ def compare(sides: Mapping[str, Callable[[], Tensor]], device: torch.device, pre
         with LiveBytes(device.type) as live:
             results[name] = decode()
         peaks[name] = live.peak / MIB
-    difference = rel_l2(results["native"], results["diffusers"])
+    difference = rel_l2(results["native"], results["diffusers"] if judge is None else judge)
     if not difference < TOLERANCE[precision]:
         raise RunFailure(f"the results differ: relative L2 {difference:.1e}; not timed")
     results.clear()
@@ -74,6 +84,8 @@ def compare(sides: Mapping[str, Callable[[], Tensor]], device: torch.device, pre
         memory_ratio=peaks["diffusers"] / peaks["native"],
         difference=difference,
         rounds=rounds,
+        whole_ms=statistics.median(times["whole"]) if "whole" in sides else None,
+        whole_peak_mib=peaks.get("whole"),
     )
 
 
@@ -119,7 +131,9 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     parser.add_argument("--frames", type=int, default=5, help="of a clip, 4 k + 1; pictures have one (default: 5)")
     parser.add_argument("--precision", choices=DTYPES, default="fp32", help="default: fp32")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
-    parser.add_argument("--tiling", action="store_true", help="decode in tiles on both sides")
+    parser.add_argument(
+        "--tiling", action="store_true", help="decode in tiles on both sides, and beside them as a whole"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="timed turns (default: 5)")
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there as well")
@@ -142,6 +156,8 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
         f"most memory beside weights: native {result.native_peak_mib:.0f} MiB, "
         f"diffusers {result.diffusers_peak_mib:.0f} MiB: {result.memory_ratio:.2f}x"
     )
+    if result.whole_ms is not None:
+        print(f"native without tiles {result.whole_ms:.1f} ms, {result.whole_peak_mib:.0f} MiB")
     if args.json:
         settings = {name: value for name, value in vars(args).items() if name not in ("json", "config")}
         facts = {"settings": settings, "config": dict(config), "threads": torch.get_num_threads()}
@@ -173,9 +189,17 @@ def _measure(args: argparse.Namespace, config: Mapping[str, Any]) -> Comparison:
     frames = (1 + args.frames // 4,) if is_clip else ()
     channels = config["z_dim" if is_clip else "latent_channels"]
     z = torch.randn(1, channels, *frames, args.height // f, args.width // f).to(device, dtype)
-    if args.tiling:
-        ours.tiling = True
-        theirs.enable_tiling()
-    sides = {"native": lambda: ours.decode(z), "diffusers": lambda: theirs.decode(z).sample}
+
+    def native(tiling: bool) -> Tensor:
+        ours.tiling = tiling
+        decoded: Tensor = ours.decode(z)
+        return decoded
+
+    sides = {"native": lambda: native(args.tiling), "diffusers": lambda: theirs.decode(z).sample}
+    judge = None
     with torch.inference_mode():
-        return compare(sides, device, args.precision, args.rounds)
+        if args.tiling:
+            sides["whole"] = lambda: native(False)
+            judge = theirs.decode(z).sample if is_clip else None
+            theirs.enable_tiling()
+        return compare(sides, device, args.precision, args.rounds, judge)

@@ -47,6 +47,8 @@ def _empty(like: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
 
 # -- nearest upsampling -----------------------------------------------------------
 
+NARROW, WIDE = 64, 1024  # pixels
+
 
 @triton.jit(do_not_specialize=["ROWS", "H"])
 def _upsample_rows_kernel(
@@ -115,7 +117,8 @@ def upsample_nearest(x: Tensor, *, frames: bool = False, impl: launch.Impl = "au
                 x, y, pixels, H, W, C, BLOCK_P=block_p, BLOCK_C=block_c, **options
             )
         else:
-            block_w = min(block, triton.next_power_of_2(W))
+            # pictures, and tiles at their edges, are of any width: the narrow ones share a kernel, and the wide ones do
+            block_w = min(block, max(NARROW, min(WIDE, triton.next_power_of_2(W))))
             block_r, rows = block // block_w, x.numel() // W
             _upsample_rows_kernel[(triton.cdiv(rows, block_r), triton.cdiv(W, block_w))](
                 x, y, rows, H, W, BLOCK_R=block_r, BLOCK_W=block_w, **options

@@ -149,9 +149,11 @@ class Family(Protocol):
         classifier_free: `guidance_scale` is the strength of a negative branch, and an empty negative prompt the
             default; otherwise it is fed to the model.
         distilled: None for a model that its checkpoint's scheduler samples.
+        exact_tiles: what is decoded in tiles is what is decoded as a whole, up to rounding.
     """
 
     draws_video: bool
+    exact_tiles: bool
     classifier_free: bool
     distilled: Distilled | None
 

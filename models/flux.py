@@ -224,7 +224,7 @@ class FluxTransformer(nn.Module):
 class Flux1:
     """`FluxPipeline`: CLIP gives the pooled vector, T5 the token sequence; latents are packed 2x2 into tokens."""
 
-    draws_video = classifier_free = False
+    draws_video = classifier_free = exact_tiles = False
     distilled = None
 
     def __init__(self, parts: Mapping[str, Any]) -> None:

@@ -51,11 +51,13 @@ def compile_kernels(blueprint: Blueprint) -> None:
     with compiling_only():
         for size, (batch, guided) in product(generic_sizes(blueprint, parts), BATCHES):
             launch_all(blueprint, parts, size, batch, guided=guided)
+        parts["vae"].tiling = True
+        decode(blueprint, parts, Size(blueprint.defaults.height, blueprint.defaults.width, DECODED_FRAMES), 1)
 
 
 @torch.no_grad()
 def launch_all(blueprint: Blueprint, parts: Mapping[str, Any], size: Size, batch: int, *, guided: bool) -> None:
-    """What a request launches, on shapes alone: a step and a decode, but for one in tiles, which are small pictures."""
+    """What a request launches, on shapes alone: a step and a decode, but for those that go to tiles."""
     family, defaults = blueprint.family_of(parts), blueprint.defaults
     with torch.device("meta"):
         condition = blueprint.family.example(blueprint.configs).repeat(batch)
@@ -69,9 +71,16 @@ def launch_all(blueprint: Blueprint, parts: Mapping[str, Any], size: Size, batch
         predictor = family.predictor(condition, size, guidance, timesteps, phase.denoiser)
         next(integrate(state, schedule, phase.steps, predictor, predictor if guided else None, noise=noise))
     if not blueprint.plan.tiles(size):
-        short = replace(size, frames=min(size.frames, DECODED_FRAMES))
-        for chunk in family.decode(family.noise(short, [torch.Generator()] * batch), short):
-            del chunk
+        decode(blueprint, parts, replace(size, frames=min(size.frames, DECODED_FRAMES)), batch)
+
+
+@torch.no_grad()
+def decode(blueprint: Blueprint, parts: Mapping[str, Any], size: Size, batch: int) -> None:
+    """What a decode launches, on shapes alone."""
+    family = blueprint.family_of(parts)
+    size = size if family.draws_video else replace(size, frames=1)
+    for chunk in family.decode(family.noise(size, [torch.Generator()] * batch), size):
+        del chunk
 
 
 def generic_sizes(blueprint: Blueprint, parts: Mapping[str, Any]) -> list[Size]:

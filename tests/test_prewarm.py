@@ -41,7 +41,7 @@ def prewarm(*argv: str) -> subprocess.CompletedProcess[str]:
 
 # -- kernels ------------------------------------------------------------------------
 
-# FLUX.1-dev with one block of each kind has all kernels of the whole model, at their true widths
+# a model with one block of each kind has all kernels of the whole model, at their true widths
 COVERAGE = """
 import random
 from dataclasses import replace
@@ -51,17 +51,16 @@ from sgl_diffusion.bench.absent import GPUS, absent
 from sgl_diffusion.kernels.launch import compiling_only
 from sgl_diffusion.models.family import Size
 from sgl_diffusion.runtime.args import ServerArgs
-from sgl_diffusion.runtime.prewarm import compile_kernels, launch_all
+from sgl_diffusion.runtime.prewarm import compile_kernels, decode, launch_all
 from sgl_diffusion.runtime.resolve import resolve
 
 wanted = set()
 JITFunction._do_compile = lambda self, key, *args: wanted.add((self.__name__, key))
-model = dict(model_path="black-forest-labs/FLUX.1-dev", load_format="dummy", precision="bf16", device="cpu")
-full = resolve(ServerArgs(**model)).blueprint
+full = resolve(ServerArgs(model_path=MODEL, load_format="dummy", precision="bf16", device="cpu")).blueprint
 configs = {key: dict(config) for key, config in full.configs.items()}
-configs["transformer"].update(num_layers=1, num_single_layers=1)
-configs["text_encoder"].update(num_hidden_layers=1)
-configs["text_encoder_2"].update(num_layers=1)
+for key, config in configs.items():
+    of_one = {name: 1 for name in ("num_layers", "num_single_layers", "num_hidden_layers") if name in config}
+    config.update(of_one if full.kinds.get(key) in ("denoiser", "text_encoder") else {})
 plan = replace(full.plan, attention={**full.plan.attention, "transformer": "triton"})
 blueprint, numbers = replace(full, configs=configs, plan=plan), random.Random(0)
 with absent(GPUS[ARCH]):
@@ -70,18 +69,35 @@ with absent(GPUS[ARCH]):
     attend = lambda q, k, v, *, out=None: torch.empty_like(q) if out is None else out
     parts = blueprint.shape_only_parts(lambda key: attend)
     with compiling_only():
-        for _ in range(12):
-            size = Size(*(16 * numbers.randrange(8, 129) for _ in range(2)))
+        for round in range(ROUNDS):
+            frames = 9 if blueprint.family.draws_video else 1
+            size = Size(*(16 * numbers.randrange(8, 129 // frames + 40) for _ in range(2)), frames)
             launch_all(blueprint, parts, size, numbers.randrange(1, 5), guided=bool(numbers.randrange(2)))
+            parts["vae"].tiling = True
+            decode(blueprint, parts, size, 1)
+            if hasattr(parts["vae"], "encoder"):  # of given pictures
+                picture = torch.empty(1, 3, frames, size.height, size.width, device="meta", dtype=torch.bfloat16)
+                for parts["vae"].tiling in (True, False):
+                    parts["vae"].encode(picture)
+            parts["vae"].tiling = False
             assert wanted == compiled, f"{size} needs more: {[name for name, _ in wanted - compiled]}"
-        launch_all(blueprint, {key: p.float() for key, p in parts.items()}, Size(1024, 1024), 1, guided=False)
+        wide = {key: part.float() for key, part in parts.items() if hasattr(part, "float")}
+        launch_all(blueprint, {**parts, **wide}, size, 1, guided=False)
 print(len(compiled), len(wanted - compiled))
 """
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
-def test_whatever_size_is_asked_for_its_kernels_are_compiled(arch: str) -> None:
-    done = compiling("-c", COVERAGE.replace("ARCH", repr(arch)))
+@pytest.mark.parametrize(
+    ("arch", "model", "rounds"),
+    [
+        ("sm_80", "black-forest-labs/FLUX.1-dev", 12),
+        ("sm_90", "black-forest-labs/FLUX.1-dev", 12),
+        ("sm_90", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 3),
+    ],
+)
+def test_whatever_size_is_asked_for_its_kernels_are_compiled(arch: str, model: str, rounds: int) -> None:
+    script = COVERAGE.replace("ARCH", repr(arch)).replace("MODEL", repr(model)).replace("ROUNDS", str(rounds))
+    done = compiling("-c", script)
     assert done.returncode == 0, done.stderr
     compiled, more_in_fp32 = map(int, done.stdout.split())
     assert compiled > 40

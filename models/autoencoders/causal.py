@@ -2,12 +2,16 @@
 
 Tensors are channels last in memory, so that frames are a batch of pictures without a copy, and convolutions find the
 layout in which they are fastest. Parameter names are those of diffusers' `AutoencoderKLWan`.
+
+Layers work on whole pictures or on tiles of them (`windows.py`): `sees` tells what a layer has to be given for a window
+of its result, and `gives` the window that comes of what it is given.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +20,13 @@ from torch import Tensor, nn
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.channel_norm import channel_norm
 from sgl_diffusion.kernels.layout import upsample_nearest
+from sgl_diffusion.models.autoencoders.windows import WHOLE, Padding, Window, trimmed
 from sgl_diffusion.models.config import ConfigError
 from sgl_diffusion.models.family import AttentionFn
 
 # B batch  C channels  T frames  N = B * T pictures  H, W spatial  L = H * W
 PAST = 2  # frames before its own that a causal convolution sees
+NO_RIM: Padding = (0, 0, 0, 0)
 SMALL_CONVOLUTION = 20480  # numbers without the last side, up to which PyTorch does not ask oneDNN (`use_mkldnn`)
 
 
@@ -32,10 +38,11 @@ class History:
 
     Args:
         before: what the chunk before kept; None for the first chunk, a single frame with nothing before it.
+        is_last: no chunk follows, so nothing is kept.
     """
 
-    def __init__(self, before: Iterable[Tensor] | None = None) -> None:
-        self.is_first = before is None
+    def __init__(self, before: Iterable[Tensor] | None = None, *, is_last: bool = False) -> None:
+        self.is_first, self.is_last = before is None, is_last
         self._before = deque(before or ())
         self.kept: list[Tensor] = []
 
@@ -43,7 +50,28 @@ class History:
         return self._before.popleft()
 
     def keep(self, frames: Tensor) -> None:
-        self.kept.append(frames)
+        if not self.is_last:
+            self.kept.append(frames)
+
+
+def through(layers: Iterable[Any], x: Tensor, history: History, tile: Window | None) -> Tensor:
+    """What layers make of x (B, C, T, H, W) one after the other: all of it, or a tile of it.
+
+    Backwards through the layers, it is known what each has to be given; forwards, no layer is given more.
+    """
+    if tile is None:
+        for layer in layers:
+            x = layer(x, history)
+        return x
+    windows, layers = [tile], list(layers)
+    for layer in reversed(layers):
+        windows.append(layer.sees(windows[-1]))
+    at = Window.whole(*x.shape[-2:])
+    for layer in layers:
+        window = windows.pop()
+        x = layer(window.cut(x, at), history, padding=window.padding)
+        at = layer.gives(window)
+    return tile.cut(x, at)
 
 
 # -- memory -------------------------------------------------------------------------
@@ -60,11 +88,21 @@ def channels_last(y: Tensor) -> Tensor:
     return y.contiguous(memory_format=torch.channels_last if y.ndim == 4 else torch.channels_last_3d)
 
 
-def empty_frames(like: Tensor, frames: int) -> Tensor:
-    """(B, C, frames, H, W), channels last, not filled."""
+def empty_clip(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, C, T, H, W), channels last, not filled."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last_3d)
+
+
+def empty_frames(like: Tensor, frames: int, rim: Padding = NO_RIM) -> Tensor:
+    """(B, C, frames, H, W), and so many pixels more at each side, channels last; not filled but for these: zeros."""
     B, C, _, H, W = like.shape
-    shape, memory_format = (B, C, frames, H, W), torch.channels_last_3d
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+    above, below, left, right = rim
+    made = empty_clip(like, (B, C, frames, above + H + below, left + W + right))
+    if any(rim):
+        for strip in (made[..., :above, :], made[..., above + H :, :], made[..., :left], made[..., left + W :]):
+            if strip.numel():
+                strip.zero_()
+    return made
 
 
 def as_pictures(x_BCTHW: Tensor) -> Tensor:
@@ -98,39 +136,61 @@ class CausalConv3d(nn.Conv3d):
     def __init__(self, inner: int, outer: int, size: int = 3) -> None:
         super().__init__(inner, outer, (1 + PAST, size, size), padding=(0, size // 2, size // 2))
 
+    def sees(self, out: Window) -> Window:
+        return out.grown(self.kernel_size[-1] // 2)
+
+    def gives(self, given: Window) -> Window:
+        return given.shrunk(self.kernel_size[-1] // 2)
+
     def forward(  # type: ignore[override]
-        self, x_BCTHW: Tensor, history: History, norm: ChannelNorm | None = None
+        self, x_BCTHW: Tensor, history: History, norm: ChannelNorm | None = None, padding: Padding = WHOLE
     ) -> Tensor:
-        """Of x, normed first if asked: the norm writes behind the frames that precede x, so nothing is joined."""
-        T = x_BCTHW.shape[2]
+        """Of x, normed first if asked: the norm writes behind the frames that precede x, so nothing is joined.
+
+        Zeros around the whole are the convolution's own. It cannot give them to some sides alone, as a tile needs them:
+        those are written to the same frames.
+        """
+        T, H, W = x_BCTHW.shape[2:]
         past = 1 if history.is_first else PAST
-        frames = empty_frames(x_BCTHW, past + T)
+        is_whole = padding == WHOLE or self.kernel_size[-1] == 1
+        rim, pads = (NO_RIM, self.padding) if is_whole else (padding, (0, 0, 0))
+        frames = empty_frames(x_BCTHW, past + T, rim)
+        own = frames[:, :, past:, rim[0] : rim[0] + H, rim[2] : rim[2] + W]
         if norm is None:
-            frames[:, :, past:].copy_(x_BCTHW)
+            own.copy_(x_BCTHW)
         else:
-            norm(x_BCTHW, out=frames[:, :, past:])
+            norm(x_BCTHW, out=own)
         if history.is_first:
             frames[:, :, 0].zero_()
             history.keep(frames)
             # two of the three frames are zeros: what is left is a convolution of pictures
-            picture = F.conv2d(frames[:, :, 1], self.weight[:, :, -1], self.bias, padding=self.padding[1:])
+            picture = F.conv2d(frames[:, :, 1], self.weight[:, :, -1], self.bias, padding=pads[1:])
             return channels_last(picture).unsqueeze(2)
         frames[:, :, :past].copy_(history.recall())
         last = frames[:, :, -PAST:]
         # a view would keep all frames in memory; of a chunk of one frame that is but one more, and a copy less
         history.keep(last if T == 1 else last.clone(memory_format=torch.channels_last_3d))
-        return channels_last(super().forward(frames))
+        return channels_last(F.conv3d(frames, self.weight, self.bias, padding=pads))
 
 
 class ResidualBlock(nn.Module):
+    REACH = 2  # pixels that its two convolutions see beyond each side
+
     def __init__(self, inner: int, outer: int) -> None:
         super().__init__()
         self.norm1, self.conv1 = ChannelNorm(inner), CausalConv3d(inner, outer)
         self.norm2, self.conv2 = ChannelNorm(outer), CausalConv3d(outer, outer)
         self.conv_shortcut = nn.Conv3d(inner, outer, 1) if inner != outer else None
 
-    def forward(self, x: Tensor, history: History) -> Tensor:
-        hidden = self.conv2(self.conv1(x, history, self.norm1), history, self.norm2)
+    def sees(self, out: Window) -> Window:
+        return out.grown(self.REACH)
+
+    def gives(self, given: Window) -> Window:
+        return given.shrunk(self.REACH)
+
+    def forward(self, x: Tensor, history: History, padding: Padding = WHOLE) -> Tensor:
+        hidden = self.conv2(self.conv1(x, history, self.norm1, padding), history, self.norm2, padding)
+        x = trimmed(x, padding, self.REACH, self.REACH)
         return hidden.add_(x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
@@ -197,8 +257,15 @@ class Downsample(nn.Module):
         self.resample = nn.ModuleList([nn.Identity(), nn.Conv2d(channels, channels, 3, stride=2)])
         self.time_conv = nn.Conv3d(channels, channels, (3, 1, 1), stride=(2, 1, 1)) if frames else None
 
-    def forward(self, x_BCTHW: Tensor, history: History) -> Tensor:
-        pictures = F.pad(as_pictures(x_BCTHW), (0, 1, 0, 1))
+    def sees(self, out: Window) -> Window:
+        return out.scaled(2).with_next()
+
+    def gives(self, given: Window) -> Window:
+        return given.halved()
+
+    def forward(self, x_BCTHW: Tensor, history: History, padding: Padding = WHOLE) -> Tensor:
+        _, below, _, right = padding
+        pictures = F.pad(as_pictures(x_BCTHW), (0, right, 0, below))
         x_BCTHW = as_frames(channels_last(self.resample[1](pictures)), len(x_BCTHW))
         if self.time_conv is None:
             return x_BCTHW

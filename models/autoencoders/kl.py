@@ -220,7 +220,9 @@ class AutoencoderKL(nn.Module):
     """`AutoencoderKL`.
 
     Args:
-        tiling: decode in overlapping, blended tiles: memory stays that of one tile; seams are near, not exact.
+        tiling: decode in overlapping, blended tiles: memory stays that of one tile; seams are near, not exact. Exact
+            ones are dear: a group norm averages over the whole picture, so that each of thirty would have to wait for
+            all tiles, and to hold their activations or to compute anew what came before.
         slicing: decode one picture of a batch at a time.
         tile_height, tile_width: pixels of a tile; the checkpoint's `sample_size` where None.
         with_encoder: build the encoder too.

@@ -1,4 +1,8 @@
-"""Pictures and clips in overlapping tiles: memory is that of one tile, and what overlaps is blended."""
+"""Pictures in overlapping tiles: memory is that of one tile, and what overlaps is blended.
+
+For autoencoders whose norms average over the picture, of which a tile sees a part. Others need no blending, see
+`windows.py`.
+"""
 
 from __future__ import annotations
 

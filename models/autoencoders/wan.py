@@ -7,12 +7,16 @@ diffusers.
 A clip of 4 k + 1 frames is k + 1 chunks: the first frame alone, then four frames for each latent one. A causal layer
 needs two frames before its own, and the chunks hand these on as tensors, so that one function of fixed shapes decodes
 all chunks but the first, and memory is that of a chunk, however long the clip.
+
+Tiles have no seams: norms are of one position, convolutions see a few pixels around (`windows.py`), and only the middle
+block's attention sees a whole picture. It works on latents, of which there are few, so it is run on all of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,9 +33,11 @@ from sgl_diffusion.models.autoencoders.causal import (
     Upsample,
     add_averaged,
     add_repeated,
+    empty_clip,
     kept_apart,
+    through,
 )
-from sgl_diffusion.models.autoencoders.tiles import tiled
+from sgl_diffusion.models.autoencoders.windows import WHOLE, Padding, Window, tiles_of, trimmed
 from sgl_diffusion.models.config import ConfigError, demand, read_config
 from sgl_diffusion.models.family import AttentionFn, Execute
 
@@ -109,14 +115,22 @@ class DownBlock(nn.Module):
         self.factors, self.shares = factors, kept_apart(outer, inner, factors)
         self.resnets = nn.ModuleList(ResidualBlock(inner if i == 0 else outer, outer) for i in range(blocks))
         self.downsampler = Downsample(outer, frames=factors[0] == 2) if factors[1] == 2 else None
+        self.reach = ResidualBlock.REACH * blocks
 
-    def forward(self, x: Tensor, history: History) -> Tensor:
-        y = x
+    def sees(self, out: Window) -> Window:
+        return (out if self.downsampler is None else self.downsampler.sees(out)).grown(self.reach)
+
+    def gives(self, given: Window) -> Window:
+        given = given.shrunk(self.reach)
+        return given if self.downsampler is None else self.downsampler.gives(given)
+
+    def forward(self, x: Tensor, history: History, padding: Padding = WHOLE) -> Tensor:
+        y, beyond = x, 0
         for block in self.resnets:
-            y = block(y, history)
+            y = block(y, history, padding)
         if self.downsampler is not None:
-            y = self.downsampler(y, history)
-        return add_averaged(y, x, self.factors, self.shares)
+            y, beyond = self.downsampler(y, history, padding), 1
+        return add_averaged(y, trimmed(x, padding, self.reach, self.reach + beyond), self.factors, self.shares)
 
 
 class Encoder(nn.Module):
@@ -138,13 +152,21 @@ class Encoder(nn.Module):
                 self.down_blocks.append(ResidualBlock(inner if j == 0 else outer, outer))
             if not is_last:
                 self.down_blocks.append(Downsample(outer, frames=frames))
+        # what comes after the last halving
+        self.at_latents = 1 if config.is_residual else config.num_res_blocks
         self.mid_block = MidBlock(widths[-1], attention)
         self.norm_out = ChannelNorm(widths[-1])
         self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim)
 
     def forward(self, x: Tensor, history: History) -> Tensor:
-        x = self.conv_in(x, history)
-        for block in self.down_blocks:
+        return self.middle(self.down(x, history), history)
+
+    def down(self, x: Tensor, history: History, tile: Window | None = None) -> Tensor:
+        """(B, D, 1, h, w), or a tile of it, of a whole chunk."""
+        return through([self.conv_in, *self.down_blocks[: -self.at_latents]], x, history, tile)
+
+    def middle(self, x: Tensor, history: History) -> Tensor:
+        for block in self.down_blocks[-self.at_latents :]:
             x = block(x, history)
         return self.conv_out(self.mid_block(x, history), history, self.norm_out)
 
@@ -163,6 +185,7 @@ class UpBlock(nn.Module):
     def __init__(self, inner: int, outer: int, blocks: int, factors: Factors, *, shortcut: bool) -> None:
         super().__init__()
         self.factors, self.grows, self.shortcut = factors, factors[1] == 2, shortcut
+        self.reach = ResidualBlock.REACH * blocks
         self.resnets = nn.ModuleList(ResidualBlock(inner if i == 0 else outer, outer) for i in range(blocks))
         if self.grows:
             up = Upsample(outer, outer if shortcut else outer // 2, frames=factors[0] == 2)
@@ -171,14 +194,23 @@ class UpBlock(nn.Module):
             else:
                 self.upsamplers = nn.ModuleList([up])
 
-    def forward(self, x: Tensor, history: History) -> Tensor:
+    def sees(self, out: Window) -> Window:
+        """Enough for one pixel beyond `out` at the higher resolution, whose convolution has zeros around."""
+        return (out.grown(1).with_next().halved() if self.grows else out).grown(self.reach)
+
+    def gives(self, given: Window) -> Window:
+        """With a pixel around that is wrong where the picture goes on, if the block grows."""
+        return given.shrunk(self.reach).scaled(2 if self.grows else 1)
+
+    def forward(self, x: Tensor, history: History, padding: Padding = WHOLE) -> Tensor:
         y = x
         for block in self.resnets:
-            y = block(y, history)
+            y = block(y, history, padding)
         if not self.grows:
             return y
         if not self.shortcut:
             return self.upsamplers[0](y, history)
+        x = trimmed(x, padding, self.reach, self.reach)
         return add_repeated(self.upsampler(y, history), x, self.factors, self.shares, is_first=history.is_first)
 
 
@@ -204,10 +236,19 @@ class Decoder(nn.Module):
         self.conv_out = CausalConv3d(widths[-1], config.out_channels)
 
     def forward(self, z: Tensor, history: History) -> Tensor:
-        x = self.mid_block(self.conv_in(z, history), history)
-        for block in self.up_blocks:
-            x = block(x, history)
-        return self.conv_out(x, history, self.norm_out)
+        return self.up(self.middle(z, history), history)
+
+    def middle(self, z: Tensor, history: History) -> Tensor:
+        """(B, D, 1, h, w): what needs the whole latent frame."""
+        return self.mid_block(self.conv_in(z, history), history)
+
+    def up(self, x: Tensor, history: History, tile: Window | None = None) -> Tensor:
+        """The chunk, or a tile of it, of what the middle block made of the whole."""
+        if tile is None:
+            return self.conv_out(through(self.up_blocks, x, history, None), history, self.norm_out)
+        seen = self.conv_out.sees(tile)
+        x = through(self.up_blocks, x, history, seen)
+        return self.conv_out(x, history, self.norm_out, seen.padding)
 
 
 # -- autoencoder --------------------------------------------------------------------
@@ -217,12 +258,11 @@ class AutoencoderKLWan(nn.Module):
     """`AutoencoderKLWan`.
 
     Args:
-        tiling: code in overlapping tiles, which are blended: activations are those of one tile. The results are those
-            of diffusers' tiles, and near those of the whole. Exact are pixels of one tile alone whose convolutions do
-            not reach beyond its edge, up to what the middle block's attention mixes in: it sees a whole frame, here
-            a tile's. At true size a decoder's reach is 18 latents, so that seams in a tile of 32 are not exact.
+        tiling: code in tiles, without seams: results are those of the whole, up to the rounding of convolutions that
+            add up in another order. Activations are those of one tile, and of the middle blocks, which work on latents
+            as a whole.
         slicing: code one clip of a batch at a time.
-        tile_height, tile_width: pixels of a tile.
+        tile_height, tile_width: pixels of a tile, at most, without those of its neighbours that it needs.
         with_encoder: build the encoder too.
     """
 
@@ -271,7 +311,7 @@ class AutoencoderKLWan(nn.Module):
         """Mean and log-variance of the latents (B, C, T, h, w) of clips (B, 3, F, H, W) in [-1, 1]; of pictures, F = 1.
 
         Raises:
-            ValueError: F is not 4 k + 1.
+            ValueError: F is not 4 k + 1; or the sides, in tiles, not multiples of `downsampling`.
         """
         if x_BCFHW.shape[2] % FRAMES_PER_LATENT != 1:
             raise ValueError(f"{x_BCFHW.shape[2]} frames: expected 4 k + 1")
@@ -281,48 +321,60 @@ class AutoencoderKLWan(nn.Module):
         return mean, log_variance.clamp(-30.0, 20.0)
 
     def _moments(self, x: Tensor) -> Tensor:
-        folded = fold(x, self.config.patch)
-        # diffusers measures the clip before it is folded, and its tiles after that
-        if self.tiling and (x.shape[3] > self.tile[0] or x.shape[4] > self.tile[1]):
-            return tiled(self._encode_tile, folded, *self.tile)
-        return self._encode_tile(folded)
-
-    def _encode_tile(self, x: Tensor) -> Tensor:
-        frames = x.shape[2]
-        moments = _run_chunks(self.encoder, [1] + [FRAMES_PER_LATENT] * (frames // FRAMES_PER_LATENT), x)
+        (frames, H, W), f = x.shape[2:], self.config.downsampling
+        lengths = [1] + [FRAMES_PER_LATENT] * (frames // FRAMES_PER_LATENT)
+        chunks, tiles = fold(x, self.config.patch).split(lengths, dim=2), self._tiles(H // f, W // f)
+        if len(tiles) == 1:
+            moments = _run_chunks(self.encoder, chunks)
+        elif H % f or W % f:
+            raise ValueError(f"{W}x{H} pixels in tiles: expected multiples of {f}")
+        else:
+            moments = _run_chunks(self.encoder.middle, self._small_chunks(chunks, tiles))
         return torch.cat([self.quant_conv(chunk) for chunk in moments], dim=2)
+
+    def _small_chunks(self, chunks: Sequence[Tensor], tiles: Sequence[Window]) -> list[Tensor]:
+        """What becomes of the chunks on the way to the encoder's middle block, (B, D, 1, h, w), tile by tile."""
+        small: list[Tensor] = []
+        for tile in tiles:
+            for i, part in enumerate(_run_chunks(partial(self.encoder.down, tile=tile), chunks)):
+                if i == len(small):
+                    small.append(empty_clip(part, (*part.shape[:3], tile.rows.size, tile.columns.size)))
+                tile.of(small[i]).copy_(part)
+        return small
 
     # -- latents to pixels --
 
     def decode(self, z_BCThw: Tensor) -> Tensor:
-        """Clips (B, 3, F, H, W) in [-1, 1], from latents that are not normalised."""
-        B, _, T, h, w = z_BCThw.shape
-        f, frames = self.config.downsampling, FRAMES_PER_LATENT * (T - 1) + 1
-        channels = self.config.out_channels // self.config.patch**2
-        clips = torch.empty(
-            (B, channels, frames, f * h, f * w),
-            dtype=z_BCThw.dtype,
-            device=z_BCThw.device,
-            memory_format=torch.channels_last_3d,
-        )
+        """Clips (B, 3, F, H, W) in [-1, 1], from latents that are not normalised.
+
+        Tiles are done one after the other, each for the whole clip: what layers remember is that of one tile.
+        """
+        f, tiles = self.config.downsampling, self._tiles(*z_BCThw.shape[3:])
+        clips = self._empty_pixels(z_BCThw, FRAMES_PER_LATENT * (z_BCThw.shape[2] - 1) + 1)
         parts = zip(clips.split(1), z_BCThw.split(1), strict=True) if self.slicing else [(clips, z_BCThw)]
         for clip, z in parts:
-            _fill(clip, self.decode_chunks(z))
+            if len(tiles) == 1:
+                _fill(clip, self.decode_chunks(z))
+                continue
+            middles = list(_run_chunks(self._middle, z.split(1, dim=2)))
+            for tile in tiles:
+                _fill(tile.scaled(f).of(clip), _run_chunks(partial(self._pixels, tile=tile), middles))
         return clips
 
     def decode_chunks(self, z_BCThw: Tensor, execute: Execute | None = None) -> Iterator[Tensor]:
         """The chunks of `decode` in their order, (B, 3, 1 or 4, H, W), each computed when it is asked for.
 
-        Tiles are decoded one by one for the whole clip, so with tiling nothing comes before all is done.
+        Chunks are done one after the other, each in all tiles: what layers remember of all tiles is held.
 
         Args:
-            execute: runs the functions of a chunk, as captured graphs perhaps; the default holds less memory.
+            execute: runs the functions of a chunk, as captured graphs perhaps; the default holds less memory. Tiles,
+                which differ in shape, are run as they stand.
         """
-        if self._is_tiled(z_BCThw):
-            clip = self._finished(tiled(self._decode_tile, z_BCThw, *self._latent_tile()))
-            yield from clip.split([1] + [FRAMES_PER_LATENT] * (z_BCThw.shape[2] - 1), dim=2)
+        tiles = self._tiles(*z_BCThw.shape[3:])
+        if len(tiles) > 1:
+            yield from self._chunks_of_tiles(z_BCThw, tiles)
         elif execute is None:
-            yield from map(self._finished, self._samples(z_BCThw))
+            yield from map(self._finished, _run_chunks(self._sample, z_BCThw.split(1, dim=2)))
         else:
             first, *rest = z_BCThw.split(1, dim=2)
             pixels, *past = execute(self.first_chunk, first)
@@ -345,44 +397,62 @@ class AutoencoderKLWan(nn.Module):
     def _chunk(self, z: Tensor, history: History) -> tuple[Tensor, ...]:
         return (self._finished(self._sample(z, history)), *history.kept)
 
-    def _is_tiled(self, z: Tensor) -> bool:
-        rows, columns = self._latent_tile()
-        return self.tiling and (z.shape[3] > rows or z.shape[4] > columns)
-
-    def _latent_tile(self) -> tuple[int, int]:
-        return self.tile[0] // self.config.downsampling, self.tile[1] // self.config.downsampling
-
-    def _decode_tile(self, z: Tensor) -> Tensor:
-        B, _, T, h, w = z.shape
-        f, frames = self.config.downsampling // self.config.patch, FRAMES_PER_LATENT * (T - 1) + 1
-        return _fill(z.new_empty(B, self.config.out_channels, frames, f * h, f * w), self._samples(z))
-
-    def _samples(self, z: Tensor) -> Iterator[Tensor]:
-        """Folded chunks, not limited to [-1, 1]."""
-        return _run_chunks(self._sample, [1] * z.shape[2], z)
-
     def _sample(self, z: Tensor, history: History) -> Tensor:
+        """A folded chunk, not limited to [-1, 1]."""
         return self.decoder(self.post_quant_conv(z), history)
+
+    def _chunks_of_tiles(self, z: Tensor, tiles: Sequence[Window]) -> Iterator[Tensor]:
+        chunks = z.split(1, dim=2)
+        histories = [History(is_last=len(chunks) == 1) for _ in tiles]
+        for i, x in enumerate(_run_chunks(self._middle, chunks)):
+            yield self._joined(x, tiles, histories)
+            histories = [History(history.kept, is_last=i == len(chunks) - 2) for history in histories]
+
+    def _joined(self, x_BD1hw: Tensor, tiles: Sequence[Window], histories: Sequence[History]) -> Tensor:
+        """All tiles of the chunk that follows from the middle block's result."""
+        chunk = self._empty_pixels(x_BD1hw, 1 if histories[0].is_first else FRAMES_PER_LATENT)
+        for tile, history in zip(tiles, histories, strict=True):
+            tile.scaled(self.config.downsampling).of(chunk).copy_(self._pixels(x_BD1hw, history, tile))
+        return chunk
+
+    def _middle(self, z: Tensor, history: History) -> Tensor:
+        return self.decoder.middle(self.post_quant_conv(z), history)
+
+    def _pixels(self, x_BD1hw: Tensor, history: History, tile: Window) -> Tensor:
+        """Of a chunk, a tile, given in latents."""
+        side = self.config.downsampling // self.config.patch
+        return self._finished(self.decoder.up(x_BD1hw, history, tile.scaled(side)))
+
+    def _empty_pixels(self, like_BCThw: Tensor, frames: int) -> Tensor:
+        B, f, channels = len(like_BCThw), self.config.downsampling, self.config.out_channels // self.config.patch**2
+        return empty_clip(like_BCThw, (B, channels, frames, *(f * side for side in like_BCThw.shape[3:])))
+
+    def _tiles(self, h: int, w: int) -> list[Window]:
+        """Of h x w latents; one if they are worked on as a whole."""
+        whole = Window.whole(h, w)
+        if not self.tiling:
+            return [whole]
+        rows, columns = (max(1, side // self.config.downsampling) for side in self.tile)
+        return tiles_of(whole, rows, columns)
 
     def _finished(self, sample: Tensor) -> Tensor:
         return unfold(sample.clamp_(-1.0, 1.0), self.config.patch)
 
 
-def _run_chunks(run: Callable[[Tensor, History], Tensor], lengths: Sequence[int], x: Tensor) -> Iterator[Tensor]:
-    """`run` of chunks of so many frames of x, one after the other."""
-    history = History()
-    for chunk in x.split(lengths, dim=2):
+def _run_chunks(run: Callable[[Tensor, History], Tensor], chunks: Sequence[Tensor]) -> Iterator[Tensor]:
+    """`run` of the chunks of a clip, one after the other."""
+    history = History(is_last=len(chunks) == 1)
+    for i, chunk in enumerate(chunks):
         yield run(chunk, history)
-        history = History(history.kept)
+        history = History(history.kept, is_last=i == len(chunks) - 2)
 
 
-def _fill(clip: Tensor, chunks: Iterable[Tensor]) -> Tensor:
-    """The clip, with the chunks written to it one after the other."""
+def _fill(clip: Tensor, chunks: Iterable[Tensor]) -> None:
+    """Writes the chunks to the clip, one after the other."""
     start = 0
     for chunk in chunks:
         clip[:, :, start : start + chunk.shape[2]].copy_(chunk)
         start += chunk.shape[2]
-    return clip
 
 
 def fold(x_BCFHW: Tensor, patch: int) -> Tensor:

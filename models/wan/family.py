@@ -60,7 +60,7 @@ class Settings:
 class Wan:
     """One denoiser or two; parts that a checkpoint lacks are None or not there."""
 
-    draws_video = classifier_free = True
+    draws_video = classifier_free = exact_tiles = True
     distilled: Distilled | None = None
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
@@ -229,9 +229,11 @@ class Wan:
         return hold_first_frame(x, latents)
 
     def decode(self, x: Tensor, size: Size, execute: Execute = eager) -> Iterator[Tensor]:
-        """Chunk by chunk; a batch in slices comes as a whole."""
+        """Chunk by chunk. A batch in slices comes as a whole, and so does a clip in tiles and slices: tile after tile,
+        without remembering what all of them need of the chunk before.
+        """
         z = self.vae.denormalise(x.to(self.vae.decoder.conv_in.weight.dtype))
-        if self.vae.slicing and len(z) > 1:
+        if self.vae.slicing and (len(z) > 1 or self.vae.tiling):
             yield self.vae.decode(z)
         else:
             yield from self.vae.decode_chunks(z)
