@@ -34,6 +34,8 @@ KWARGS = "diffusers_kwargs"
 ATTENTION_CONFIG = "attention_backend_config"
 MAPS = ("component_paths", "component_attention_backends", ATTENTION_CONFIG, "vae_config", KWARGS)
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
+Models = Sequence[type[Options]]
+REQUEST: Models = (ServerArgs, SamplingParams)
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,22 +49,26 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def add_flags(parser: argparse.ArgumentParser, models: Sequence[type[Options]] = (ServerArgs, SamplingParams)) -> None:
-    """One argument group for every group of options."""
+def add_flags(parser: argparse.ArgumentParser, models: Models = REQUEST, *, shown: bool = True) -> None:
+    """One argument group for every group of options, in --help if they are `shown`."""
     for model in models:
         for title, fields in groups(model):
-            group = parser.add_argument_group(title)
+            group = parser.add_argument_group(title) if shown else parser
             for name, field in fields.items():
-                _add_flag(group, name, field)
+                _add_flag(group, name, field, shown=shown)
 
 
-def _add_flag(group: argparse._ArgumentGroup, name: str, field: FieldInfo) -> None:
+def _add_flag(group: argparse._ActionsContainer, name: str, field: FieldInfo, *, shown: bool) -> None:
     names = [flag(n) for n in (name, *aliases(field))]
     help = (field.description or "").replace("%", "%%")
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
         help += f" Keys: {', '.join(field.annotation.model_fields)}."
     help += f" (default: {default_text(field)})"
-    shared: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": help}
+    shared: dict[str, Any] = {
+        "dest": name,
+        "default": argparse.SUPPRESS,
+        "help": help if shown else argparse.SUPPRESS,
+    }
     kind = value_type(field)
     word = {int: "N", float: "X", dict: "MAP"}.get(kind, name.split("_")[-1].upper())
     if kind is bool:
@@ -96,9 +102,13 @@ def default_text(field: FieldInfo) -> str:
 # -- the command line -> values -------------------------------------------------------
 
 
-def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> dict[str, Any]:
+def parse_command_line(
+    parser: argparse.ArgumentParser, argv: Sequence[str], models: Models = REQUEST
+) -> dict[str, Any]:
     """Values by canonical name: config file first, flags over it. Only what the user gave is in it.
 
+    Args:
+        models: whose options the config file may name.
     Raises:
         UserError: an unknown flag or key, a value that cannot be read.
     """
@@ -111,7 +121,7 @@ def parse_command_line(parser: argparse.ArgumentParser, argv: Sequence[str]) -> 
             raise UserError(f"unknown flag {name}{nearest(name, known)}")
         raise UserError(f"unexpected argument {unknown[0]!r}")
     config = getattr(namespace, "config", None)
-    values = read_config_file(Path(config)) if config is not None else {}
+    values = read_config_file(Path(config), models) if config is not None else {}
     for name, value in vars(namespace).items():
         if name in MAPS:
             for written in value:
@@ -234,7 +244,7 @@ def _read_file(name: str, path: Path) -> Any:
         raise UserError(f"{name}={path}: not readable: {' '.join(str(e).split())}") from e
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path, models: Models = REQUEST) -> dict[str, Any]:
     """A JSON or YAML file; keys with underscores or hyphens, aliases, nested or dotted; null means not given.
 
     Raises:
@@ -245,7 +255,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     raw = _read_file("config", path)
     if not isinstance(raw, Mapping):
         raise UserError(f"config={path}: expected keys and values")
-    names = canonical_names()
+    names = canonical_names(models)
     values: dict[str, Any] = {}
     spelled: dict[str, str] = {}
     for written, value in raw.items():

@@ -12,10 +12,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from sgl_diffusion.cli.flags import add_flags, parse_command_line
+from sgl_diffusion.cli.flags import REQUEST, add_flags, flag, parse_command_line
 from sgl_diffusion.runtime.args import parse_args
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageStarted, StepDone
+from sgl_diffusion.server.args import ServeArgs
+
+log = logging.getLogger("sgl_diffusion")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,11 +30,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     add_arguments(parser)
-    values = parse_command_line(parser, argv)
+    add_flags(parser, [ServeArgs], shown=False)  # a command line or config file may be shared with `sglang serve`
+    values = parse_command_line(parser, argv, [*REQUEST, ServeArgs])
     server, sampling = parse_args(values)
     if not sampling.prompt and sampling.prompt_path is None and sampling.resume_latents is None:
         raise UserError("prompt: none given; use --prompt, --prompt-path or the key `prompt` of a config file")
     set_up_logging(server.log_level)
+    if ignored := [flag(name) for name in values if name in ServeArgs.model_fields]:
+        log.info("ignored: %s: of `sglang serve` alone", ", ".join(ignored))
 
     from sgl_diffusion.runtime.engine import Engine
 

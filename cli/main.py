@@ -13,6 +13,7 @@ from sgl_diffusion.runtime.errors import RunFailure, UserError
 
 COMMANDS = {
     "generate": "draw pictures or videos from a prompt",
+    "serve": "draw for whoever asks over HTTP, in the words of the OpenAI API",
     "verify": "compare the native pipeline with diffusers on a checkpoint, stage by stage",
     "prewarm": "compile what a model's requests need, before there are any",
     "perf": "show and compare reports of runs",

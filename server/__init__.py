@@ -1,1 +1,1 @@
-"""The HTTP face. `sglang serve` will live here; nothing does yet, and no flag pretends otherwise."""
+"""The HTTP face: `sglang serve`. `run.py` is the file to read first."""

@@ -49,7 +49,7 @@ def run(command: str, hub: Path, folder: Path) -> subprocess.CompletedProcess[st
     [
         (RACCOON.format(placement="", name='"a-curious-raccoon.mp4"'), "a-curious-raccoon.mp4"),
         (RACCOON.format(placement="", name='"A curious raccoon.mp4"'), "A curious raccoon.mp4"),
-        (STREET.format(placement=""), "a-quiet-city-street-after-rain*.mp4"),
+        (STREET.format(placement=""), "A-quiet-city-street-after-rain_*.mp4"),
     ],
 )
 def test_a_clip_by_its_published_name(hub: Path, tmp_path: Path, command: str, name: str) -> None:

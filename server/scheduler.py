@@ -1,0 +1,235 @@
+"""Takes jobs from the queue, has them drawn in batches, and records what becomes of them. Torch-free."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from sgl_diffusion.server import messages
+from sgl_diffusion.server.args import ServeArgs
+from sgl_diffusion.server.database import StoreUnavailable
+from sgl_diffusion.server.engine_process import Died, EngineAway, EngineProcess
+from sgl_diffusion.server.folders import Folders
+from sgl_diffusion.server.jobs import Failure, Job, Preview, Progress, Status, UploadState
+from sgl_diffusion.server.messages import Draw, DrawnJob
+from sgl_diffusion.server.news import News
+from sgl_diffusion.server.store import JobStore
+from sgl_diffusion.server.store_thread import StoreThread
+
+log = logging.getLogger("sgl_diffusion")
+
+POLL_S = 1.0  # for jobs that other servers put into a shared queue
+RECORD_STEP_S = 0.2  # between two records of a job's progress
+
+
+class Scheduler:
+    """One task works (`work`), another keeps the leases meanwhile (`tend`).
+
+    Args:
+        wake: to be set when there may be something to do.
+        upload_state: of the results of jobs that complete.
+
+    Attributes:
+        mine: the jobs in progress here.
+    """
+
+    def __init__(
+        self,
+        args: ServeArgs,
+        store: JobStore,
+        thread: StoreThread,
+        folders: Folders,
+        engine: EngineProcess,
+        news: News,
+        wake: asyncio.Event,
+        upload_state: UploadState,
+    ) -> None:
+        self.args, self.store, self.folders, self.news, self.upload_state = args, store, folders, news, upload_state
+        self.mine: dict[str, Job] = {}
+        self._thread, self._engine, self._wake = thread, engine, wake
+        self._unwanted: set[str] = set()  # of ours, those that a client cancelled
+        self._stopping = False
+
+    async def work(self) -> None:
+        """Batch after batch, until `stop`."""
+        while not self._stopping:
+            self._wake.clear()
+            try:
+                jobs = await self._next() if self._engine.status.state == "ready" else []
+                if not jobs:
+                    await self._woken(POLL_S)
+                for batch in self._batches(jobs):
+                    await self._draw(batch)
+            except StoreUnavailable as e:
+                log.error("no job can be taken from the queue, or be given back: %s", e)
+                await self._woken(POLL_S)
+
+    def stop(self) -> None:
+        """No further batch is begun."""
+        self._stopping = True
+        self._wake.set()
+
+    async def tend(self) -> None:
+        """Keeps the leases of our jobs, hears which were cancelled elsewhere, frees those of servers that died."""
+        while True:
+            await asyncio.sleep(self.store.lease_seconds / 3)
+            try:
+                unwanted = await self._thread.run(self.store.renew)
+                if await self._thread.run(self.store.reclaim):
+                    self._wake.set()
+            except StoreUnavailable as e:
+                log.error("leases cannot be renewed: %s", e)
+                continue
+            for job_id in unwanted & self.mine.keys():
+                self.unwant(job_id)
+
+    def unwant(self, job_id: str) -> None:
+        """Ends one of our jobs after its current step."""
+        self._unwanted.add(job_id)
+        with suppress(EngineAway):  # then it is on its way back, and ends there
+            self._engine.send(messages.Cancel(job=job_id))
+
+    # -- what is next ----------------------------------------------------------------
+
+    async def _next(self) -> list[Job]:
+        """The job whose turn it is, and others that can be drawn with it, for which it waits a little."""
+        jobs = await self._claim()
+        if not jobs or not self._is_sociable(jobs[0]):
+            return jobs
+        room = self.args.max_batch_size - _results(jobs)
+        deadline = time.monotonic() + self.args.batch_wait_ms / 1000
+        while room >= _results(jobs[:1]) and not self._stopping:
+            self._wake.clear()
+            try:
+                more = await self._claim(limit=room, batch_key=jobs[0].batch_key, max_results=room)
+            except StoreUnavailable as e:
+                log.error("%s is drawn without company: %s", jobs[0].id, e)
+                break
+            jobs += more
+            room -= _results(more)
+            if not more and not await self._woken(deadline - time.monotonic()):
+                break
+        return jobs
+
+    async def _claim(self, **wanted: Any) -> list[Job]:
+        jobs = await self._thread.run(self.store.claim, **wanted)
+        self.mine |= {job.id: job for job in jobs}
+        return jobs
+
+    async def _woken(self, timeout: float) -> bool:
+        """False after `timeout` seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(timeout):
+                return await self._wake.wait()
+        return False
+
+    def _is_sociable(self, job: Job) -> bool:
+        """Whether others may be drawn with it: not if it goes on from a snapshot, nor if the engine died of it."""
+        return job.batch_key is not None and not job.crashes and not self.folders.snapshot(job.id).exists()
+
+    def _batches(self, jobs: Sequence[Job]) -> list[list[Job]]:
+        together = [job for job in jobs if self._is_sociable(job)]
+        alone = [[job] for job in jobs if job not in together]
+        return [together, *alone] if together else alone
+
+    # -- a batch -----------------------------------------------------------------------
+
+    async def _draw(self, batch: Sequence[Job]) -> None:
+        """Until all of them have ended, or are back in the queue."""
+        drawn = [DrawnJob(id=job.id, sampling=job.sampling, presentation=job.presentation) for job in batch]
+        try:
+            if self._stopping:
+                raise self._engine.away()
+            told = self._engine.draw(Draw(jobs=drawn, snapshot_every=self.args.snapshot_every))
+        except EngineAway:
+            for job in batch:
+                await self._give_back(job, crashed=False)
+            return
+        for job_id in self._unwanted & {job.id for job in batch}:  # while the batch was put together
+            self.unwant(job_id)
+        await self._follow(batch, told)
+
+    async def _follow(self, batch: Sequence[Job], told: asyncio.Queue[messages.JobMessage | Died]) -> None:
+        left, recorded, begun = {job.id: job for job in batch}, time.monotonic(), False
+        while left:
+            match await told.get():
+                case messages.Progress(jobs=ids, stage=stage, step=step, steps=steps):
+                    begun = True
+                    for job_id in ids:
+                        self.news.tell(job_id, Progress(stage, step, steps))
+                    if steps and time.monotonic() - recorded >= RECORD_STEP_S:
+                        recorded = time.monotonic()
+                        await self._record_step(ids, step, steps)
+                case messages.Preview(job=job_id, index=index, step=step, data=data):
+                    self.news.tell(job_id, Preview(index, step, data))
+                case messages.Finished(job=job_id, results=results):
+                    await self._end(left.pop(job_id), self.store.complete, results, self.upload_state)
+                case messages.Failed(job=job_id, failure=failure):
+                    await self._end(left.pop(job_id), self.store.fail, failure)
+                case messages.Cancelled(job=job_id):
+                    await self._end(left.pop(job_id), self.store.cancelled)
+                case messages.Kept(job=job_id):
+                    await self._give_back(left.pop(job_id), crashed=False)
+                case Died(reason=reason, killed=killed):
+                    for job in left.values():
+                        await self._survive(job, reason, guilty=begun and not killed)
+                    return
+
+    async def _record_step(self, job_ids: Sequence[str], step: int, steps: int) -> None:
+        try:
+            await self._thread.run(self.store.record_step, job_ids, step, steps)
+        except StoreUnavailable as e:
+            log.warning("progress is not recorded: %s", e)
+
+    # -- the end of a job --------------------------------------------------------------
+
+    async def _survive(self, job: Job, reason: str, *, guilty: bool) -> None:
+        """The engine died while it drew the job, perhaps of it: once more, but not for ever."""
+        if guilty and job.crashes:
+            told = f"the engine {reason}, for the second time while it drew this"
+            await self._end(job, self.store.fail, Failure(told, code="engine_crashed"))
+        else:
+            await self._give_back(job, crashed=guilty)
+
+    async def _give_back(self, job: Job, *, crashed: bool) -> None:
+        """Into the queue, where it keeps its turn. If it was cancelled meanwhile it ends instead."""
+        now = await self._thread.persist(self.store.requeue, job.id, crashed=crashed)
+        await self._let_go(job, now)
+
+    async def _end(self, job: Job, record: Callable[..., Job | None], *args: Any) -> None:
+        now = await self._thread.persist(record, job.id, *args)
+        await self._let_go(job, now)
+
+    async def _let_go(self, job: Job, now: Job | None) -> None:
+        """Of a job that is recorded as `now`. If it is not, it is another server's by now, and its files are, too."""
+        self.mine.pop(job.id, None)
+        self._unwanted.discard(job.id)
+        if now is not None and now.status.is_end:
+            await self.conclude(now)
+            return
+        self.news.forget(job.id)
+        if self._stopping:
+            self.news.dismiss(lambda job_id: job_id == job.id)
+
+    async def conclude(self, job: Job) -> None:
+        """Tells the end of a job, and removes what it does not need any more: who waits for results is told first."""
+        if job.status is Status.COMPLETED:
+            self.news.tell_end(job)
+        await self._thread.run(self._tidy, job)
+        if job.status is not Status.COMPLETED:
+            self.news.tell_end(job)
+
+    def _tidy(self, job: Job) -> None:
+        """Of a cancelled job nothing is left, whatever it came to before that was known."""
+        with suppress(OSError):  # what is left here goes with the job's record
+            self.folders.snapshot(job.id).unlink(missing_ok=True)
+        if job.status is Status.CANCELLED:
+            self.folders.remove(job.id)
+
+
+def _results(jobs: Sequence[Job]) -> int:
+    return sum(int(job.sampling.get("num_outputs_per_prompt", 1)) for job in jobs)

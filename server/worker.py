@@ -1,0 +1,140 @@
+"""The engine process: `python -m sgl_diffusion.server.worker FD`, where FD is its end of the line to the API process.
+
+Its main thread draws; another one listens, answers questions, and takes what is to be heard while something is drawn.
+torch is imported late: that takes seconds, in which the process can be told to end like at any other time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, parse
+from sgl_diffusion.runtime.errors import RunFailure, UserError
+from sgl_diffusion.server.folders import Folders
+from sgl_diffusion.server.jobs import Failure
+from sgl_diffusion.server.logs import set_up_logs
+from sgl_diffusion.server.messages import (
+    Answer,
+    Broken,
+    Cancel,
+    Check,
+    CheckPassed,
+    CheckRefused,
+    Draw,
+    Keep,
+    Load,
+    LoadFailed,
+    Ready,
+    read_order,
+)
+
+if TYPE_CHECKING:
+    from sgl_diffusion.runtime.engine import Engine
+
+log = logging.getLogger("sgl_diffusion")
+
+PR_SET_PDEATHSIG = 1
+
+
+class Worker:
+    """The state that both threads share: `cancelled` and `keep` are set by the listener and read between steps."""
+
+    def __init__(self, line: socket.socket) -> None:
+        self._in, self._out = line.makefile("rb"), line.makefile("wb")
+        self._speaking = threading.Lock()
+        self._orders: queue.SimpleQueue[Draw] = queue.SimpleQueue()
+        self._cancelled: set[str] = set()
+        self._keep = threading.Event()
+        load = Load.model_validate_json(self._in.readline())
+        self._server_args = parse(ServerArgs, load.server_args)
+        set_up_logs(self._server_args.log_level, load.log_format)
+        self._folders = Folders(Path(load.data_dir))
+        self._engine: Engine | None = None
+
+    def tell(self, answer: Answer) -> None:
+        with self._speaking:
+            self._out.write(answer.line())
+            self._out.flush()
+
+    def run(self) -> None:
+        """Draws for as long as the process lives."""
+        threading.Thread(target=self._listen, daemon=True, name="listener").start()
+        from sgl_diffusion.runtime.engine import Engine
+        from sgl_diffusion.server.drawing import Batch, is_fatal
+
+        try:
+            self._engine = engine = Engine.load(self._server_args)
+        except (UserError, RunFailure) as e:
+            self.tell(LoadFailed(message=str(e), is_user_error=isinstance(e, UserError)))
+            os._exit(1)
+        self.tell(Ready(card=engine.card()))
+        while True:
+            order = self._orders.get()
+            batch = Batch(engine, self._folders, order, self.tell, self._cancelled, self._keep)
+            try:
+                batch.draw()
+            except Exception as e:
+                log.exception("an unforeseen failure")
+                if is_fatal(e):
+                    self.tell(Broken(reason=str(e).splitlines()[0]))
+                    os._exit(1)
+                batch.fail(Failure("the engine failed in a way that it does not know; its log has more"))
+            self._cancelled.difference_update(job.id for job in order.jobs)
+
+    def _listen(self) -> None:
+        """Until the API process closes the line, or dies: nothing is to work for nobody."""
+        try:
+            for line in self._in:
+                match read_order(line):
+                    case Check(call=call, sampling=sampling):
+                        self.tell(self._check(call, sampling))
+                    case Draw() as order:
+                        self._orders.put(order)
+                    case Cancel(job=job):
+                        self._cancelled.add(job)
+                    case Keep():
+                        self._keep.set()
+        except Exception:
+            log.exception("an unforeseen failure of the listener")
+        finally:
+            os._exit(0)
+
+    def _check(self, call: int, sampling: Mapping[str, object]) -> CheckPassed | CheckRefused:
+        assert self._engine is not None, "nothing is asked before Ready"
+        try:
+            return CheckPassed(call=call, checked=self._engine.check(parse(SamplingParams, sampling)))
+        except UserError as e:
+            return CheckRefused(call=call, message=str(e), is_user_error=True)
+        except Exception:
+            log.exception("an unforeseen failure of a check")
+            told = "the engine failed to check the request; its log has more"
+            return CheckRefused(call=call, message=told, is_user_error=False)
+
+
+def main() -> None:
+    _die_with_the_parent()
+    for signum in (signal.SIGINT, signal.SIGTERM):  # meant for the server, which decides what becomes of the work
+        signal.signal(signum, signal.SIG_IGN)
+    line = socket.socket(fileno=int(sys.argv[1]))
+    line.set_inheritable(False)
+    Worker(line).run()
+
+
+def _die_with_the_parent() -> None:
+    """At once, even in the middle of something that does not let the listener run."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
