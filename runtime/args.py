@@ -108,6 +108,9 @@ class ModelOptions(Options):
     )
     revision: str | None = option(None, "Branch, tag or commit of a hub id.", unset="the newest")
     trust_remote_code: bool = option(False, "Let a checkpoint run Python code of its own.")
+    allow_pickle_weights: bool = option(
+        False, "Let the diffusers backend read weights that are pickles (.bin) where there are no safetensors."
+    )
     backend: Literal["auto", "sglang", "diffusers"] = option(
         "auto", "`sglang`: native or an error; `diffusers`: always diffusers; `auto`: native where there is one."
     )

@@ -22,7 +22,7 @@ CONFIG_NAMES = (
     "preprocessor_config.json",
     "processor_config.json",
 )
-# never *.bin or *.ckpt: pickles run code
+# *.bin only if asked for, and *.ckpt never: pickles run code
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]
 
 
@@ -76,13 +76,17 @@ class Checkpoint:
         return {}
 
 
-def open_checkpoint(model_path: str, revision: str | None, component_paths: Mapping[str, str]) -> Checkpoint:
+def open_checkpoint(
+    model_path: str, revision: str | None, component_paths: Mapping[str, str], *, pickles: bool = False
+) -> Checkpoint:
     """Resolves `model_path`, downloading if it is a hub id, and applies component overrides.
 
+    Args:
+        pickles: download weights of that kind, too.
     Raises:
         UserError: no such folder or repository, no readable `model_index.json`, a component key that is not in it.
     """
-    root = _resolve("model_path", model_path, revision)
+    root = _resolve("model_path", model_path, revision, pickles)
     index_file = root / "model_index.json"
     if not index_file.is_file():
         raise UserError(
@@ -117,7 +121,7 @@ def _component_folder(key: str, path: str) -> Path:
     return folder
 
 
-def _resolve(field_name: str, path: str, revision: str | None) -> Path:
+def _resolve(field_name: str, path: str, revision: str | None, pickles: bool = False) -> Path:
     if path == EMBEDDED:
         return Path(str(resources.files("sgl_diffusion.models.embedded"))) / "checkpoint"
     local = Path(path).expanduser()
@@ -129,10 +133,10 @@ def _resolve(field_name: str, path: str, revision: str | None) -> Path:
         raise UserError(f"{field_name}={path}: no such folder, and not a hub id (org/name) or {EMBEDDED!r}")
     if os.environ.get("SGLANG_USE_MODELSCOPE", "").lower() in ("1", "true"):
         return _from_modelscope(field_name, path, revision)
-    return _from_hub(field_name, path, revision)
+    return _from_hub(field_name, path, revision, pickles)
 
 
-def _from_hub(field_name: str, repo: str, revision: str | None) -> Path:
+def _from_hub(field_name: str, repo: str, revision: str | None, pickles: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -144,7 +148,7 @@ def _from_hub(field_name: str, repo: str, revision: str | None) -> Path:
     at = f" at revision {revision}" if revision else ""
     try:
         # whole safetensors repositories only: variants (fp16, ema) would double the download
-        patterns = [*HUB_FILES, "*/*.safetensors", "*.safetensors"]
+        patterns = [*HUB_FILES, "*/*.safetensors", "*.safetensors", *(["*/*.bin"] if pickles else [])]
         return Path(
             snapshot_download(
                 repo,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import pickle
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,15 +53,17 @@ def load_pipe(checkpoint: Checkpoint, args: ServerArgs, plan: Plan, pipeline_cla
         pipe = cls.from_pretrained(
             checkpoint.root,
             dtype=dtypes,
-            use_safetensors=True,
+            use_safetensors=None if args.allow_pickle_weights else True,  # None: where there are any
             local_files_only=True,
             trust_remote_code=args.trust_remote_code,
             **options,
         )
         return pipe.to(plan.device)
-    except (SafetensorError, OSError, ValueError, TypeError, ImportError) as e:
+    except (SafetensorError, OSError, ValueError, TypeError, ImportError, pickle.UnpicklingError) as e:
+        pickles = not args.allow_pickle_weights and any(checkpoint.root.glob("*/*.bin"))
+        hint = "; its weights are pickles, which may run code: --allow-pickle-weights reads them" if pickles else ""
         raise UserError(
-            f"model_path={checkpoint.name}: diffusers cannot load it: {' '.join(str(e).split())[:400]}"
+            f"model_path={checkpoint.name}: diffusers cannot load it: {' '.join(str(e).split())[:400]}{hint}"
         ) from e
 
 

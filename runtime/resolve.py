@@ -76,7 +76,8 @@ def presets() -> list[str]:
 
 
 def _resolve_checkpoint(args: ServerArgs, requests: Sequence[SamplingParams]) -> Resolved:
-    checkpoint = open_checkpoint(args.model_path, args.revision, args.component_paths)
+    pickles = args.allow_pickle_weights
+    checkpoint = open_checkpoint(args.model_path, args.revision, args.component_paths, pickles=pickles)
     pipeline_class = args.pipeline_class_name or checkpoint.pipeline_class
     refused = _refusal(args, pipeline_class)
     if refused is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,17 @@ def params(**sampling: Any) -> SamplingParams:
 
 def pictures(engine: Engine, **sampling: Any) -> list[np.ndarray]:
     return [np.asarray(o.image) for o in engine.run(params(**sampling)).outputs]
+
+
+def test_pickles_are_read_only_if_they_are_allowed(tiny: Tiny, tmp_path: Path) -> None:
+    pickled = shutil.copytree(tiny("sdxl"), tmp_path / "pickled")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(pickled / "unet")
+    shutil.rmtree(pickled / "unet")
+    unet.save_pretrained(pickled / "unet", safe_serialization=False)
+    assert [file.suffix for file in (pickled / "unet").iterdir() if file.suffix != ".json"] == [".bin"]
+    with pytest.raises(UserError, match="its weights are pickles, which may run code: --allow-pickle-weights"):
+        load(pickled)
+    assert np.array_equal(pictures(load(pickled, allow_pickle_weights=True)), pictures(load(tiny("sdxl"))))
 
 
 @pytest.mark.parametrize(
