@@ -1,4 +1,4 @@
-"""`sglang bench aot|e2e|kernels|launches|load|tune|vae`: generations timed; kernels checked, timed and tuned."""
+"""`sglang bench aot|e2e|kernels|launches|load|serve|tune|vae`: generations timed; kernels checked, timed and tuned."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ SUBJECTS = {
     "kernels": "time every kernel against what it replaces, after checking its answers",
     "launches": "count the launches of one denoiser call at true size, ours against diffusers",
     "load": "time loading a checkpoint against diffusers, by turns in one process",
+    "serve": "load a server with requests, and tell its latencies and what it adds to its engine",
     "tune": "time tiles on this GPU and rewrite its table",
     "vae": "time the decoding of latents against diffusers, by turns in one process",
 }

@@ -18,8 +18,13 @@ from sgl_diffusion.server.bodies import Body, read_json
 from sgl_diffusion.server.errors import ApiError, bad_field
 
 MAX_RESULTS = 10  # of one request, as OpenAI has it
-MOST = {"num_outputs_per_prompt": MAX_RESULTS, "num_inference_steps": 1000, "num_frames": 10_000, "fps": 1000}
-"""Limits that someone at the command line does without: there, one who asks for too much waits for it himself."""
+MOST = {
+    "num_outputs_per_prompt": MAX_RESULTS, "num_inference_steps": 1000, "num_frames": 10_000, "fps": 1000,
+    "guidance_scale": 100, "guidance_scale_2": 100, "true_cfg_scale": 100,
+}  # fmt: skip
+"""Limits that someone at the command line does without: there, one who asks for too much waits for it himself, and sees
+what becomes of a picture whose numbers overflow.
+"""
 STEPS_OF_QUALITY = {"low": 0.5, "high": 1.5, "hd": 1.5}  # times the model's default; the other words leave it
 
 SERVER_OWNED = (

@@ -55,6 +55,10 @@ class Folders:
                 if match := _OF_A_JOB.fullmatch(path.name):
                     yield match[1], path
 
+    def half_written(self) -> Iterator[Path]:
+        """Snapshots whose writing a death cut short: they have no job's name yet."""
+        return (self.root / "snapshots").glob(".*")
+
     def remove(self, job_id: str) -> None:
         """Everything of a job; nothing happens where there is nothing."""
         for folder in (self.inputs(job_id), self.results(job_id), self.unfinished(job_id)):

@@ -87,6 +87,10 @@ class Retention:
                             _delete(path)
                     elif status.is_end and path != self._folders.results(job_id):
                         _delete(path)
+        for path in list(self._folders.half_written()):
+            with suppress(FileNotFoundError):  # it is whole by now, and has its name
+                if _changed_at(path) < now - LEFT_BEHIND_AFTER:
+                    _delete(path)
 
 
 def _bind(mark: Path, database_id: str) -> None:

@@ -132,6 +132,8 @@ def test_what_a_crash_left_goes_after_an_hour(store: JobStore, folders: Folders)
     others = [folders.root / "results" / name for name in ("notes.txt", "img_short", ".hidden")]
     for path in others:
         path.write_text("not a job's")
+    lost.append(folders.root / "snapshots" / ".tmpAb12")  # cut off before it had its name
+    lost[-1].write_text("half of a snapshot")
     for path in [*others, *lost, *(file.parent for file in lost[:3])]:
         os.utime(path, (time.time() - 3700,) * 2)
     retention = Retention(store, folders, None, None)

@@ -1,0 +1,127 @@
+"""What a server adds to its engine: time of a request beside the drawing, and answers while the engine is busy."""
+
+from __future__ import annotations
+
+import asyncio
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http.client import HTTPConnection
+from itertools import cycle
+from typing import Any
+
+import httpx
+import torch
+
+from sgl_diffusion.bench.traffic import Amount, Target, closed_loop, spread
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, parse
+from sgl_diffusion.runtime.engine import Engine
+from sgl_diffusion.runtime.errors import RunFailure
+
+BUSY_CLIENTS = 4  # so that the engine always has a next one
+BETWEEN_GETS_S = 0.01
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Milliseconds of the same requests, one at a time: mean, percentiles, maximum.
+
+    Attributes:
+        latency_ms: through the server, as a client sees it.
+        engine_ms: of that, what the engine reports of itself.
+        added_ms: the difference, request by request.
+        bare_ms: drawn by an engine in this process, by turns with the server's.
+        get_ms: path -> of answers to GET while the engine is busy.
+    """
+
+    latency_ms: dict[str, float]
+    engine_ms: dict[str, float]
+    added_ms: dict[str, float]
+    bare_ms: dict[str, float]
+    get_ms: dict[str, dict[str, float]]
+
+
+async def measure(target: Target, model: Mapping[str, Any], requests: int, warmup: int) -> Overhead:
+    """Asks the server and an engine of the same model by turns, then the server alone while it is busy.
+
+    Args:
+        model: fields of `ServerArgs`.
+    Raises:
+        RunFailure: a request failed.
+    """
+    engine = Engine.load(parse(ServerArgs, model))
+    latency, inside, bare = [], [], []
+    with tempfile.TemporaryDirectory(prefix="sglang-bench-") as folder:
+        for index in range(warmup + requests):
+            body = target.bodies[index % len(target.bodies)]
+            took, report = await _through_server(target, index)
+            alone = _by_engine(engine, body, f"{folder}/{index}")
+            if index >= warmup:
+                latency.append(took)
+                inside.append(report["total_duration_ms"])
+                bare.append(alone)
+    return Overhead(
+        latency_ms=spread(latency),
+        engine_ms=spread(inside),
+        added_ms=spread([a - b for a, b in zip(latency, inside, strict=True)]),
+        bare_ms=spread(bare),
+        get_ms=await _gets_while_busy(target, requests),
+    )
+
+
+async def _through_server(target: Target, index: int) -> tuple[float, Mapping[str, Any]]:
+    answer = await target.request(index, time.perf_counter())
+    if answer.job is None:
+        raise RunFailure(f"a request of the measurement was not answered: {answer.error}")
+    report = await target.client.get(f"/v1/images/{answer.job}/report")
+    return answer.latency_ms, report.raise_for_status().json()
+
+
+def _by_engine(engine: Engine, body: Mapping[str, Any], folder: str) -> float:
+    """Milliseconds until the picture is a file."""
+    asked = {name: value for name, value in body.items() if name in SamplingParams.model_fields}
+    params = parse(SamplingParams, {**asked, "output_path": folder, "output_file_name": "0.png"})
+    started = time.perf_counter()
+    engine.run(params)
+    if engine.device.type == "cuda":
+        torch.cuda.synchronize(engine.device)
+    return (time.perf_counter() - started) * 1000
+
+
+async def _gets_while_busy(target: Target, requests: int) -> dict[str, dict[str, float]]:
+    """Latencies of GET, one after the other, while clients keep the engine drawing."""
+    job, over = next(iter(target.jobs)), threading.Event()
+    paths = ["/health", "/v1/models", "/server_info", "/v1/videos", f"/v1/images/{job}/content"]
+    asking = asyncio.create_task(asyncio.to_thread(_ask, target.client, paths, over))
+    try:
+        await closed_loop(target.request, BUSY_CLIENTS, Amount(requests))
+    finally:
+        over.set()
+    found = await asking
+    told = {path.replace(job, "{id}"): spread(values) for path, values in found.items()}
+    return told | {"all": spread([value for values in found.values() for value in values])}
+
+
+def _ask(like: httpx.AsyncClient, paths: Sequence[str], over: threading.Event) -> dict[str, list[float]]:
+    """In a thread, and with the plainest of clients: what it takes itself is counted too.
+
+    Raises:
+        RunFailure: an answer is not 200.
+    """
+    connection = HTTPConnection(like.base_url.host, like.base_url.port)
+    headers = {"authorization": like.headers["authorization"]} if "authorization" in like.headers else {}
+    found: dict[str, list[float]] = {path: [] for path in paths}
+    for path in cycle(paths):
+        if over.wait(BETWEEN_GETS_S):
+            connection.close()
+            return found
+        started = time.perf_counter()
+        connection.request("GET", path, headers=headers)
+        answer = connection.getresponse()
+        answer.read()
+        found[path].append((time.perf_counter() - started) * 1000)
+        if answer.status != 200:
+            raise RunFailure(f"GET {path} was answered with {answer.status}")
+    raise AssertionError("a cycle has no end")
