@@ -168,15 +168,17 @@ class Dispatcher:
             self._scheduler.unwant(job_id)
         return now
 
-    async def watch(self, job_id: str) -> AsyncIterator[JobEvent]:
+    async def watch(self, job_id: str, *, end_only: bool = False) -> AsyncIterator[JobEvent]:
         """What happens to a job from now on. The last event is `Ended`, at once if it has ended already.
+
+        With `end_only`, steps on the way do not wake the watcher.
 
         Without `Ended` it ends only because the server stops: the job is kept, and the next server goes on with it.
 
         Raises:
             KeyError: there is no such job.
         """
-        with self._news.feed(job_id) as feed:
+        with self._news.feed(job_id, end_only=end_only) as feed:
             job = await self._thread.run(self._store.get, job_id)
             if job is None:
                 raise KeyError(job_id)

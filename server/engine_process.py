@@ -37,6 +37,7 @@ log = logging.getLogger("sgl_diffusion")
 
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.5, 30.0
 LONGEST_LINE_BYTES = 1 << 28  # a preview of the largest picture fits well into it
+ENDS_WITHIN_S = 5.0  # of its line being closed
 
 
 @dataclass
@@ -168,9 +169,13 @@ class EngineProcess:
         finally:
             self._writer.close()
             self._writer = None
-            if process.returncode is None:
+            # it ends by itself when its line is closed. Killing one that has just died would take its status from
+            # asyncio, which could not tell of what it died then
+            try:
+                status = await asyncio.wait_for(process.wait(), ENDS_WITHIN_S)
+            except TimeoutError:
                 process.kill()
-            status = await process.wait()
+                status = await process.wait()
             self.status.pid = None
         return self._broken or _death(status)
 

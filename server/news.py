@@ -15,14 +15,20 @@ class Feed:
 
     A slow one does not hold up the others, nor fill the memory: progress that it did not see is replaced by the newer.
     Nothing else is dropped.
+
+    Args:
+        end_only: the watcher sleeps until the end.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, end_only: bool = False) -> None:
+        self._end_only = end_only
         self._events: deque[JobEvent | None] = deque()
         self._some = asyncio.Event()
 
     def put(self, event: JobEvent | None) -> None:
         """None: nothing more will be told."""
+        if self._end_only and isinstance(event, Progress | Preview):
+            return
         if isinstance(event, Progress) and self._events and isinstance(self._events[-1], Progress):
             self._events.pop()
         self._events.append(event)
@@ -50,9 +56,9 @@ class News:
         self._last: dict[str, Progress] = {}  # of jobs that are worked on
 
     @contextmanager
-    def feed(self, job_id: str) -> Iterator[Feed]:
+    def feed(self, job_id: str, *, end_only: bool = False) -> Iterator[Feed]:
         """Of one job, for one watcher. It begins with the last progress."""
-        feed = Feed()
+        feed = Feed(end_only=end_only)
         if job_id in self._last:
             feed.put(self._last[job_id])
         feeds = self._feeds.setdefault(job_id, set())

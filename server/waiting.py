@@ -47,10 +47,13 @@ async def until_ended(request: Request, here: Context, job: Job, *, keep: bool) 
 
 
 async def _end(here: Context, job_id: str) -> Job:
-    async for event in told(here, job_id):
-        if isinstance(event, Ended):
-            return event.job
-    raise AssertionError("the last event is Ended")
+    try:
+        async for event in here.dispatcher.watch(job_id, end_only=True):
+            if isinstance(event, Ended):
+                return event.job
+    except KeyError:
+        raise not_found("job", job_id) from None
+    raise _shutting_down(job_id)
 
 
 async def _disconnected(request: Request) -> None:

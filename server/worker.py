@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("sgl_diffusion")
 
 PR_SET_PDEATHSIG = 1
+POLITENESS = 5  # of a drawing CPU: whoever asks the server something is answered first
 
 
 class Worker:
@@ -77,6 +78,8 @@ class Worker:
         except (UserError, RunFailure) as e:
             self.tell(LoadFailed(message=str(e), is_user_error=isinstance(e, UserError)))
             os._exit(1)
+        if engine.device.type == "cpu":
+            os.nice(POLITENESS)
         self.tell(Ready(card=engine.card()))
         while True:
             order = self._orders.get()
