@@ -79,6 +79,8 @@ async def measure(url: str, args: argparse.Namespace) -> Result:
             loads = [await _load(target, args, rate=rate) for rate in args.request_rate]
             loads += [await _load(target, args, clients=clients) for clients in args.max_concurrency]
         settings = (await _told(client, "/server_info")).get("serve_args")
+        if settings is not None:
+            settings.pop("data_dir", None)  # a place on one machine says nothing to others
     hidden = ("api_key", "output_file", "plot")
     return Result(
         loads=loads,
