@@ -22,7 +22,7 @@ from sgl_diffusion.kernels.op import Inputs, Op, noise, poisoned
 # B batch  C channels  S pixels of all frames
 
 
-@triton.jit(do_not_specialize=["S", "H", "W"])  # tiles of a picture are of many sizes
+@triton.jit(do_not_specialize=["H", "W"])  # tiles of a picture are of many sizes
 def _channel_norm_kernel(
     x_ptr, weight_ptr, bias_ptr, y_ptr, x_stride_b, x_stride_c, x_stride_s,
     y_stride_b, y_stride_c, y_stride_t, y_stride_h, y_stride_w,

@@ -149,12 +149,12 @@ class TimeTextEmbedding(nn.Module):
             self.guidance_embedder = TimestepEmbedding(SINUSOID_CHANNELS, D)
         self.text_embedder = TimestepEmbedding(config.pooled_projection_dim, D)
 
-    def forward(self, t_S: Tensor, guidance: Tensor | None, pooled_1C: Tensor) -> Tensor:
-        """(S, D) for every step of one sample."""
-        embedding = self.timestep_embedder(sinusoid(t_S, pooled_1C.dtype))
+    def forward(self, t_S: Tensor, guidance: Tensor | None, pooled_BC: Tensor) -> Tensor:
+        """(B, S, D) for every sample, by itself, and step."""
+        embedding = self.timestep_embedder(sinusoid(t_S, pooled_BC.dtype))
         if guidance is not None:
-            embedding = embedding + self.guidance_embedder(sinusoid(guidance, pooled_1C.dtype))
-        return embedding + self.text_embedder(pooled_1C)
+            embedding = embedding + self.guidance_embedder(sinusoid(guidance, pooled_BC.dtype))
+        return torch.stack([embedding + self.text_embedder(pooled_1C) for pooled_1C in torch.split(pooled_BC, 1)])
 
 
 class FluxTransformer(nn.Module):
@@ -198,8 +198,7 @@ class FluxTransformer(nn.Module):
         Args:
             t_S, guidance: in thousandths and in the model's dtype; guidance of one element, or None.
         """
-        # sample by sample: products of so few rows differ with their number, and a picture must not with its neighbours
-        y = torch.stack([self.modulation(self.time_text_embed(t_S, guidance, p)) for p in pooled_BC.split(1)], dim=1)
+        y = self.modulation(self.time_text_embed(t_S, guidance, pooled_BC)).transpose(0, 1)  # steps before samples
         doubles, singles = 12 * self.config.num_layers, 3 * self.config.num_single_layers
         double, single, out = y.split([doubles, singles, 2], dim=2)
         double_SN6GD = double.unflatten(2, (-1, 2, 6)).permute(0, 2, 4, 3, 1, 5).flatten(3, 4)

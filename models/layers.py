@@ -78,8 +78,13 @@ class TimestepEmbedding(nn.Module):
 class ModulationSlice(nn.Linear):
     """Some of the modulation layers, in one."""
 
-    def forward(self, embedding_MD: Tensor) -> Tensor:
-        return modulation(embedding_MD, self.weight, self.bias)
+    def forward(self, embedding: Tensor) -> Tensor:
+        """Of (M, D); or of (B, M, D), sample by sample: with how many rows there are, products of few differ in their
+        bits, and a picture must not with its neighbours.
+        """
+        if embedding.ndim == 2:
+            return modulation(embedding, self.weight, self.bias)
+        return torch.stack([modulation(e_MD, self.weight, self.bias) for e_MD in embedding])
 
 
 class Modulations(nn.Module):
@@ -107,13 +112,13 @@ class Modulations(nn.Module):
         """What the module that holds this one by that name declares as packed."""
         return {f"{name}.slices.{i}": parts for i, parts in enumerate(self.layers)}
 
-    def forward(self, embedding_MD: Tensor) -> Tensor:
-        """(M, V, D), in the order of the layers."""
-        y, start = embedding_MD.new_empty(len(embedding_MD), sum(self.sizes)), 0
+    def forward(self, embedding: Tensor) -> Tensor:
+        """(..., M, V, D), in the order of the layers, of (..., M, D)."""
+        y, start = embedding.new_empty(*embedding.shape[:-1], sum(self.sizes)), 0
         for size, layer in zip(self.sizes, self.slices, strict=True):
-            y[:, start : start + size] = layer(embedding_MD)
+            y[..., start : start + size] = layer(embedding)
             start += size
-        return y.unflatten(1, (-1, self.width))
+        return y.unflatten(-1, (-1, self.width))
 
 
 class RMSNormWeight(nn.Module):
