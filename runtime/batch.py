@@ -22,11 +22,14 @@ class Neighbours:
 
     An order of additions is an algorithm's, whatever the numbers: where all of a batch's values agree once, they do so
     again.
+
+    Attributes:
+        took: how batches were computed since it was cleared, by stage.
     """
 
     def __init__(self) -> None:
         self._agree: dict[tuple[Hashable, ...], bool] = {}
-        self._took: dict[str, str] = {}
+        self.took: dict[str, str] = {}
 
     def predictor(
         self,
@@ -74,17 +77,12 @@ class Neighbours:
         if key not in self._agree:
             whole, parts = together(), alone()
             self._agree[key] = whole.is_meta or torch.equal(whole, parts)  # shapes alone have no bits to differ
-        self._took[stage] = "together" if self._agree[key] else "one by one: together, bits differ"
+        self.took[stage] = "together" if self._agree[key] else "one by one: together, bits differ"
         return self._agree[key]
 
     def keep_apart(self, size: Size) -> bool:
         """Whether batches of this size were found to gain nothing: each result is computed by itself."""
         return any(not agree and key[0] == "denoising" and key[2] == size for key, agree in self._agree.items())
-
-    def report(self) -> dict[str, str]:
-        """How the batches since the last report were computed, by stage."""
-        took, self._took = self._took, {}
-        return took
 
 
 def encode(

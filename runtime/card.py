@@ -40,8 +40,7 @@ def check(engine: Engine, params: SamplingParams) -> Checked:
         work = float(job.steps * backend.family.image_tokens(job.size) * request.count * branches)
         alone = bool(job.pictures) or backend.neighbours.keep_apart(job.size)
         key, size = None if alone else _batch_key(request), job.size
-        fps = (job.fps or DEFAULT_FPS) if backend.draws_video else None
-        return Checked(size.height, size.width, size.frames, fps, job.steps, request.count, work, key)
+        return Checked(size.height, size.width, size.frames, job.fps, job.steps, request.count, work, key)
     backend.prepare(request)
     given = request.given
     height, width, frames, steps = (given.get(k) for k in ("height", "width", "num_frames", "num_inference_steps"))

@@ -252,10 +252,9 @@ class _Run:
 
     def _fps(self, request: Request) -> int | None:
         """Frames per second of the clips; None for pictures."""
-        if not self.engine.backend.draws_video:
-            return None
-        own = self.job.fps if isinstance(self.job, Job) else request.given.get("fps")
-        return own or DEFAULT_FPS
+        if isinstance(self.job, Job):
+            return self.job.fps
+        return request.given.get("fps", DEFAULT_FPS) if self.engine.backend.draws_video else None
 
     @contextmanager
     def _observed(self, trace: Path | None) -> Iterator[None]:

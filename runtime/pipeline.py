@@ -164,6 +164,7 @@ class NativePipeline:
         work = Workload.of(job, decode_only=latents is not None)
         tiling = self.memory.tiling(work)
         self.last_run = work, tiling
+        self.neighbours.took.clear()
         vae = self.parts["vae"]  # which encodes given pictures, too
         vae.tiling, vae.slicing = tiling, self.plan.vae_slicing
         if latents is None:
@@ -317,7 +318,7 @@ class NativePipeline:
             "cuda_graph": {stage: graphs.report() for stage, graphs in self.graphs.items()},
             "guidance": asdict(guidance),
             "scheduler": type(self.sampler).__name__,
-            "batch": self.neighbours.report(),
+            "batch": dict(self.neighbours.took),
             "size": [job.size.height, job.size.width],
             "num_frames": job.size.frames,
             "num_inference_steps": job.steps,

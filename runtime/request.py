@@ -127,7 +127,8 @@ def settle(request: Request, defaults: Defaults, family: Family, sampler: Sample
     except ValueError as e:
         raise UserError(str(e)) from e
     pictures = tuple(read_pictures(paths)) if paths else ()
-    return Job(request, size, guidance, schedule, chosen.max_sequence_length, negative, pictures, chosen.fps)
+    fps = (chosen.fps or DEFAULT_FPS) if family.draws_video else None
+    return Job(request, size, guidance, schedule, chosen.max_sequence_length, negative, pictures, fps)
 
 
 def overridden(defaults: Defaults, given: Mapping[str, Any]) -> Defaults:

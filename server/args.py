@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import BeforeValidator
-
-from sgl_diffusion.runtime.args import Options, option
-
-
-def _as_list(value: object) -> object:
-    return [value] if isinstance(value, str) else value
-
-
-Strings = Annotated[list[str], BeforeValidator(_as_list)]
+from sgl_diffusion.runtime.args import Options, Strings, option
 
 
 class HttpOptions(Options):

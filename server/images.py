@@ -134,7 +134,7 @@ async def _events(here: Context, job: Job, base: str, *, keep: bool) -> AsyncIte
     name, ended, partial = EVENT_NAMES[job.kind], False, 0
     created = {"id": job.id, "created_at": int(job.created_at.timestamp())}
     try:
-        async for event in told(here, job.id, here.args.request_timeout):
+        async for event in told(here, job.id, here.args.request_timeout, kept=keep):
             match event:
                 case None:
                     yield HEARTBEAT

@@ -99,9 +99,13 @@ def event_stream(chunks: AsyncIterator[bytes], headers: Mapping[str, str]) -> St
     return StreamingResponse(chunks, media_type="text/event-stream", headers={**NOT_BUFFERED, **headers})
 
 
-async def told(here: Context, job_id: str, timeout_s: float = math.inf) -> AsyncIterator[JobEvent | None]:
+async def told(
+    here: Context, job_id: str, timeout_s: float = math.inf, *, kept: bool = False
+) -> AsyncIterator[JobEvent | None]:
     """What happens to a job, up to its end; None whenever nothing did for `HEARTBEAT_S`.
 
+    Args:
+        kept: the job goes on when the time is over.
     Raises:
         ApiError: the server is about to stop, or `timeout_s` are over, or the job was deleted.
     """
@@ -114,7 +118,7 @@ async def told(here: Context, job_id: str, timeout_s: float = math.inf) -> Async
             done, _ = await asyncio.wait({following}, timeout=min(HEARTBEAT_S, max(0.0, deadline - now())))
             if not done:
                 if now() >= deadline:
-                    raise timed_out(here, job_id, kept=False)
+                    raise timed_out(here, job_id, kept=kept)
                 yield None
                 continue
             if (event := following.result()) is None:
