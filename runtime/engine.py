@@ -23,8 +23,6 @@ import torch
 from torch import Tensor
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
-from sgl_diffusion.runtime.card import card, check
-from sgl_diffusion.runtime.checked import Checked
 from sgl_diffusion.runtime.compilation import compilations, keep_compiled_code
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Drawn, Event, Finished, Result, StageFinished, StageStarted
@@ -143,14 +141,6 @@ class Engine:
             raise RunFailure(f"out of device memory: {told} Try --performance-mode memory or a smaller picture.") from e
         finally:
             run.close(sys.exc_info()[1])
-
-    def check(self, params: SamplingParams) -> Checked:
-        """What a request comes to; can be asked beside a running one. Raises UserError if it cannot be honoured."""
-        return check(self, params)
-
-    def card(self) -> dict[str, Any]:
-        """The model and how it runs, as plain values."""
-        return card(self)
 
     def run(self, params: SamplingParams) -> Result:
         """Draws a request without progress."""

@@ -70,6 +70,7 @@ class Worker:
     def run(self) -> None:
         """Draws for as long as the process lives."""
         threading.Thread(target=self._listen, daemon=True, name="listener").start()
+        from sgl_diffusion.runtime.card import card
         from sgl_diffusion.runtime.engine import Engine
         from sgl_diffusion.server.drawing import Batch, is_fatal
 
@@ -80,7 +81,7 @@ class Worker:
             os._exit(1)
         if engine.device.type == "cpu":
             os.nice(POLITENESS)
-        self.tell(Ready(card=engine.card()))
+        self.tell(Ready(card=card(engine)))
         while True:
             order = self._orders.get()
             batch = Batch(engine, self._folders, order, self.tell, self._cancelled, self._keep)
@@ -113,9 +114,11 @@ class Worker:
             os._exit(0)
 
     def _check(self, call: int, sampling: Mapping[str, object]) -> CheckPassed | CheckRefused:
+        from sgl_diffusion.runtime.card import check  # there by now
+
         assert self._engine is not None, "nothing is asked before Ready"
         try:
-            return CheckPassed(call=call, checked=self._engine.check(parse(SamplingParams, sampling)))
+            return CheckPassed(call=call, checked=check(self._engine, parse(SamplingParams, sampling)))
         except UserError as e:
             return CheckRefused(call=call, message=str(e), is_user_error=True)
         except Exception:

@@ -16,6 +16,7 @@ from torch import Tensor
 from sgl_diffusion.models.family import Size
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.batch import Neighbours
+from sgl_diffusion.runtime.card import card, check
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import Drawing, StepDone
@@ -126,7 +127,7 @@ def test_other_numbers_of_seeds_are_refused(load: Any) -> None:
 def test_requests_of_one_batch_key_make_one_request(load: Any, picture: str) -> None:
     def key(name: str = "flux", **asked: Any) -> str | None:
         shape = CLIP if name.startswith("wan") else PICTURE | {"width": 112}  # a size that nothing here has drawn
-        found: str | None = load(name).check(SamplingParams(**{"prompt": "a", **shape, **asked})).batch_key
+        found: str | None = check(load(name), SamplingParams(**{"prompt": "a", **shape, **asked})).batch_key
         return found
 
     assert key() == key(prompt="b", seed=3, output_file_name="x.png") is not None
@@ -137,10 +138,10 @@ def test_requests_of_one_batch_key_make_one_request(load: Any, picture: str) -> 
 
 def test_requests_that_gain_nothing_beside_others_have_no_batch_key(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, asked = load("flux"), {**PICTURE, "height": 80}
-    assert engine.check(SamplingParams(prompt="a", **asked)).batch_key is not None
+    assert check(engine, SamplingParams(prompt="a", **asked)).batch_key is not None
     monkeypatch.setattr(torch, "equal", lambda a, b: False)
     engine.run(SamplingParams(prompt=["a", "b"], save_output=False, **asked))
-    assert engine.check(SamplingParams(prompt="a", **asked)).batch_key is None
+    assert check(engine, SamplingParams(prompt="a", **asked)).batch_key is None
 
 
 # -- between steps ------------------------------------------------------------------
@@ -241,7 +242,7 @@ def test_a_preview_comes_to_be_the_result(load: Any, name: str, sampling: dict[s
 
 
 def test_a_card_tells_what_can_be_asked_for(load: Any) -> None:
-    assert SimpleNamespace(**load("flux").card()).takes_pictures == [0]
-    card = load("wan22_ti2v").card()
-    assert (card["draws_video"], card["takes_pictures"], card["size_step"], card["frame_step"]) == (True, [0, 1], 32, 4)
-    assert card["defaults"]["num_frames"] % 4 == 1 and card["negative_prompt_by_default"]
+    assert SimpleNamespace(**card(load("flux"))).takes_pictures == [0]
+    told = card(load("wan22_ti2v"))
+    assert (told["draws_video"], told["takes_pictures"], told["size_step"], told["frame_step"]) == (True, [0, 1], 32, 4)
+    assert told["defaults"]["num_frames"] % 4 == 1 and told["negative_prompt_by_default"]
