@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from sgl_diffusion.runtime.checked import Checked
 from sgl_diffusion.runtime.output import output_names
 from sgl_diffusion.runtime.pipeline import NativePipeline
 from sgl_diffusion.runtime.plan import dtype_name
+from sgl_diffusion.runtime.prewarm import size_step
 from sgl_diffusion.runtime.report import versions
 from sgl_diffusion.runtime.request import DEFAULT_FPS, Request, overridden, resolve_request
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from sgl_diffusion.runtime.engine import Engine
 
 MOST_PICTURES = 4  # that any family looks at
-STEPS = (8, 16, 32, 64, 128)
+FRAME_STEPS = range(1, 17)
 
 
 def check(engine: Engine, params: SamplingParams) -> Checked:
@@ -88,13 +88,7 @@ def card(engine: Engine) -> dict[str, Any]:
             "defaults": asdict(defaults),
             "negative_prompt_by_default": guided and (defaults.guidance_scale or 1.0) > 1,
             "takes_pictures": pictures,
-            "size_step": _step(lambda n: takes(replace(size, height=n, width=n), pictures[0]), STEPS),
-            "frame_step": _step(lambda n: takes(replace(size, frames=1 + n), pictures[0]), range(1, 17))
-            if backend.draws_video
-            else None,
+            "size_step": size_step(backend.family, defaults),
+            "frame_step": next((n for n in FRAME_STEPS if takes(replace(size, frames=1 + n), pictures[0])), None),
         }
     return told
-
-
-def _step(fits: Callable[[int], bool], candidates: Any) -> int | None:
-    return next((n for n in candidates if fits(n)), None)

@@ -9,6 +9,7 @@ through all of the rest, so that whatever size is asked for later finds its kern
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from itertools import product
 from typing import Any
@@ -86,7 +87,7 @@ def decode(blueprint: Blueprint, parts: Mapping[str, Any], size: Size, batch: in
 def generic_sizes(blueprint: Blueprint, parts: Mapping[str, Any]) -> list[Size]:
     """The default size, smaller and larger ones, and of each neighbours whose rows or columns 2 does not divide."""
     family, default = blueprint.family_of(parts), blueprint.defaults
-    step = next(p for p in (8, 16, 32, 64, 128) if _takes(family, Size(p, p, default.num_frames), default))
+    step = size_step(family, default)
     sizes = []
     for factor in (1 / 16, 1 / 4, 1 / 2, 1.0, 2.0):
         height, width = (max(1, round(side * factor / step)) * step for side in (default.height, default.width))
@@ -94,9 +95,14 @@ def generic_sizes(blueprint: Blueprint, parts: Mapping[str, Any]) -> list[Size]:
     return sizes
 
 
-def _takes(family: Family, size: Size, defaults: Defaults) -> bool:
-    try:
-        fewest_pictures(family, size, Guidance(defaults.guidance_scale), defaults.max_sequence_length)
-    except ValueError:
+def size_step(family: Family, defaults: Defaults) -> int:
+    """What sides are multiples of, in pixels."""
+
+    def takes(side: int) -> bool:
+        size = Size(side, side, defaults.num_frames)
+        with suppress(ValueError):
+            fewest_pictures(family, size, Guidance(defaults.guidance_scale), defaults.max_sequence_length)
+            return True
         return False
-    return True
+
+    return next(side for side in (8, 16, 32, 64, 128) if takes(side))
