@@ -96,7 +96,7 @@ def on_meta(
             if kind in ("denoiser", "vae") and key in preset.components
         }
         pipeline = family({**{key: parts.get(key) for key in kinds}, SETTINGS: preset.components.get(SETTINGS, {})})
-        condition = family.example(preset.components)
+        condition = family.examples(preset.components)[0]
     x = pipeline.noise(size, [torch.Generator()])
     guidance = Guidance(preset.defaults.guidance_scale)
     with counted(arch):
@@ -122,7 +122,7 @@ def count_diffusers(family: type[Family], preset: Preset, size: Size, arch: str)
         for name, tensor in chain(model.named_parameters(), model.named_buffers()):
             if tensor.is_floating_point() and not fp32 & set(name.split(".")):
                 tensor.data = tensor.data.to(torch.bfloat16)
-        inputs = family.diffusers_inputs(preset.components, family.example(preset.components), size)
+        inputs = family.diffusers_inputs(preset.components, family.examples(preset.components)[0], size)
     with counted(arch) as launches:
         model(**inputs)
     return launches

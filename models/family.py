@@ -58,6 +58,7 @@ class Defaults:
     num_frames: int = 1
     fps: int | None = None  # of a clip
     guidance_scale_2: float | None = None  # of the second denoiser, where there is one; None for that of the first
+    true_cfg_scale: float = 1.0  # of a negative branch that a negative prompt asks for, where it is not the only kind
 
 
 @dataclass(frozen=True)
@@ -119,21 +120,19 @@ class Distilled:
 
 @dataclass(frozen=True)
 class Condition:
-    """Encoded prompts of a batch: named tensors with the batch first."""
+    """What a model is told of a result, or of several alike: named tensors with the batch first."""
 
     tensors: Mapping[str, Tensor]
 
-    def repeat(self, times: int) -> Condition:
-        """Every prompt `times` times in a row."""
-        return Condition({k: v.repeat_interleave(times, dim=0) for k, v in self.tensors.items()})
-
-    def of(self, index: int) -> Condition:
-        """That of one of the batch."""
-        return Condition({k: v[index : index + 1] for k, v in self.tensors.items()})
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        return tuple(tensor.shape for tensor in self.tensors.values())
 
     @classmethod
     def batch(cls, conditions: Sequence[Condition]) -> Condition:
-        """Of several, in their order."""
+        """Of several of equal shapes, in their order."""
+        if len(conditions) == 1:
+            return conditions[0]
         return cls({k: torch.cat([c.tensors[k] for c in conditions]) for k in conditions[0].tensors})
 
     def __or__(self, other: Condition) -> Condition:
@@ -148,6 +147,8 @@ class Family(Protocol):
         draws_video: results are clips.
         classifier_free: `guidance_scale` is the strength of a negative branch, and an empty negative prompt the
             default; otherwise it is fed to the model.
+        unguided_scale: the `guidance_scale` that leaves the positive branch as it is, which runs alone then.
+        keeps_norm: guided velocities are as long, token by token, as those of the positive branch.
         distilled: None for a model that its checkpoint's scheduler samples.
         exact_tiles: what is decoded in tiles is what is decoded as a whole, up to rounding.
     """
@@ -155,6 +156,8 @@ class Family(Protocol):
     draws_video: bool
     exact_tiles: bool
     classifier_free: bool
+    unguided_scale: float
+    keeps_norm: bool
     distilled: Distilled | None
 
     @classmethod
@@ -194,14 +197,27 @@ class Family(Protocol):
     def check(self, size: Size, guidance: Guidance, max_sequence_length: int, pictures: int) -> None:
         """Raises ValueError for a request this checkpoint cannot honour, naming the field; `pictures` are given."""
 
-    def encode(self, prompts: Sequence[str], max_sequence_length: int, execute: Execute = eager) -> Condition:
-        """Raises PromptTooLong."""
+    def fitting_size(self, pictures: Sequence[Image], defaults: Defaults) -> tuple[int, int]:
+        """Height and width of a result from these pictures, where nobody said."""
+
+    def encode(
+        self, prompt: str, max_sequence_length: int, pictures: Sequence[Image] = (), execute: Execute = eager
+    ) -> Condition:
+        """Of one prompt, as long as the family has it; of the pictures beside it, what a text encoder sees in them.
+
+        Raises:
+            PromptTooLong: it has more than `max_sequence_length` tokens.
+        """
 
     def encode_pictures(self, pictures: Sequence[Image], size: Size, execute: Execute = eager) -> Condition:
-        """What a batch of one looks at. Families whose `check` takes no pictures do without."""
+        """What else the denoiser is told of them. Families whose `check` takes no pictures do without."""
 
     def image_tokens(self, size: Size) -> int:
-        """Length of the image sequence the denoiser sees, which dynamic timestep shifting depends on."""
+        """Length of the sequence that is drawn, which dynamic timestep shifting depends on."""
+
+    def dynamic_shift(self, size: Size, steps: int) -> float | None:
+        """The logarithm (mu) of how much noise levels are shifted; None for the scheduler's own line through
+        `image_tokens`."""
 
     def noise(self, size: Size, generators: Sequence[torch.Generator]) -> Tensor:
         """The initial state x, one generator a picture, so that a picture does not depend on its neighbours."""
@@ -218,8 +234,9 @@ class Family(Protocol):
         """The final state of the last step, with what the condition holds fixed."""
 
     @classmethod
-    def example(cls, configs: Mapping[str, Mapping[str, Any]]) -> Condition:
-        """Zeros in the shapes of one prompt's condition at default length, on the current device."""
+    def examples(cls, configs: Mapping[str, Mapping[str, Any]]) -> Sequence[Condition]:
+        """Zeros in the shapes of conditions, on the current device: the usual one first, then those that differ from it
+        in which kernels they need (a length that 16 does not divide, pictures beside the text)."""
 
     @classmethod
     def diffusers_inputs(

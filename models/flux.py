@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor, nn
 
 from sgl_diffusion.kernels.embedding import patchify, timestep_embedding, unpatchify
@@ -223,8 +224,8 @@ class FluxTransformer(nn.Module):
 class Flux1:
     """`FluxPipeline`: CLIP gives the pooled vector, T5 the token sequence; latents are packed 2x2 into tokens."""
 
-    draws_video = classifier_free = exact_tiles = False
-    distilled = None
+    draws_video = classifier_free = keeps_norm = exact_tiles = False
+    unguided_scale, distilled = 1.0, None
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
         self.parts = parts
@@ -297,23 +298,23 @@ class Flux1:
                 "leave it out, or use negative_prompt with true_cfg_scale"
             )
 
-    def encode(self, prompts: Sequence[str], max_sequence_length: int, execute: Execute = eager) -> Condition:
+    def fitting_size(self, pictures: Sequence[Image], defaults: Defaults) -> tuple[int, int]:
+        return defaults.height, defaults.width
+
+    def encode(
+        self, prompt: str, max_sequence_length: int, pictures: Sequence[Image] = (), execute: Execute = eager
+    ) -> Condition:
         p = self.parts
-        pooled = clip_pooled(p["tokenizer"], p["text_encoder"], prompts, execute)
-        hidden = t5_hidden(p["tokenizer_2"], p["text_encoder_2"], prompts, max_sequence_length, execute)
+        pooled = clip_pooled(p["tokenizer"], p["text_encoder"], prompt, execute)
+        hidden = t5_hidden(p["tokenizer_2"], p["text_encoder_2"], prompt, max_sequence_length, execute)
         return Condition({"pooled_projections": pooled, "encoder_hidden_states": hidden})
 
     @classmethod
-    def example(cls, configs: Mapping[str, Mapping[str, Any]]) -> Condition:
-        transformer, tokens = configs["transformer"], cls.defaults(configs).max_sequence_length
-        return Condition(
-            {
-                "pooled_projections": torch.zeros(1, transformer["pooled_projection_dim"], dtype=torch.bfloat16),
-                "encoder_hidden_states": torch.zeros(
-                    1, tokens, transformer["joint_attention_dim"], dtype=torch.bfloat16
-                ),
-            }
-        )
+    def examples(cls, configs: Mapping[str, Mapping[str, Any]]) -> Sequence[Condition]:
+        config, tokens = configs["transformer"], cls.defaults(configs).max_sequence_length
+        pooled = torch.zeros(1, config["pooled_projection_dim"], dtype=torch.bfloat16)
+        hidden = torch.zeros(1, tokens, config["joint_attention_dim"], dtype=torch.bfloat16)
+        return [Condition({"pooled_projections": pooled, "encoder_hidden_states": hidden})]
 
     @classmethod
     def diffusers_inputs(
@@ -335,6 +336,9 @@ class Flux1:
 
     def image_tokens(self, size: Size) -> int:
         return (size.height // self.patch) * (size.width // self.patch)
+
+    def dynamic_shift(self, size: Size, steps: int) -> float | None:
+        return None
 
     def noise(self, size: Size, generators: Sequence[torch.Generator]) -> Tensor:
         weight = self.transformer.x_embedder.weight

@@ -218,10 +218,10 @@ class QwenImage:
         return DEFAULTS
 
     @classmethod
-    def example(cls, configs: Mapping[str, Mapping[str, Any]]) -> Condition:
+    def examples(cls, configs: Mapping[str, Mapping[str, Any]]) -> Sequence[Condition]:
         """A prompt is as long as it is, not padded to a fixed length."""
         shape = (1, EXAMPLE_TOKENS, configs["transformer"]["joint_attention_dim"])
-        return Condition({"encoder_hidden_states": torch.zeros(shape, dtype=torch.bfloat16)})
+        return [Condition({"encoder_hidden_states": torch.zeros(shape, dtype=torch.bfloat16)})]
 
     @classmethod
     def diffusers_inputs(

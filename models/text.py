@@ -57,6 +57,29 @@ class MaskedHidden:
 
 
 @dataclass(frozen=True)
+class LayerStates:
+    """A pure function of token ids: what a causal language model has after some of its layers, side by side.
+
+    `layers` count from 0, the embedded tokens, to -1, the last layer with the model's final norm.
+    """
+
+    language_model: Any
+    layers: tuple[int, ...]
+
+    def __call__(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor]:
+        """(B, T, layers * C). `mask_BT` is 1 for tokens and 0 for padding, which nothing sees."""
+        added = None
+        if mask_BT is not None:  # spelled out, as in `MaskedHidden`
+            T, dtype = ids_BT.shape[1], self.language_model.dtype
+            seen = mask_BT[:, None, None].bool().expand(-1, 1, T, T).tril()
+            added = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        states = self.language_model(
+            input_ids=ids_BT, attention_mask=added, use_cache=False, output_hidden_states=True
+        ).hidden_states
+        return (torch.cat([states[layer] for layer in self.layers], dim=-1),)
+
+
+@dataclass(frozen=True)
 class Vision:
     """A pure function of pixels on the encoder's device: the hidden states before the last layer."""
 
@@ -66,43 +89,51 @@ class Vision:
         return (self.encoder(pixels, output_hidden_states=True).hidden_states[-2],)
 
 
-def clip_pooled(tokenizer: Any, encoder: Any, prompts: Sequence[str], execute: Execute) -> Tensor:
-    """Pooled CLIP vector (B, C) of each prompt, padded to the tokenizer's length and without a mask.
+def clip_pooled(tokenizer: Any, encoder: Any, prompt: str, execute: Execute) -> Tensor:
+    """Pooled CLIP vector (1, C) of a prompt, padded to the tokenizer's length and without a mask.
 
     A longer prompt is cut at that length, as diffusers does: the pooled vector is a summary, and every family that
     reads it also reads the whole prompt through a second encoder.
     """
-    ids = _ids(tokenizer, prompts, tokenizer.model_max_length)
+    ids = _ids(tokenizer, prompt, tokenizer.model_max_length)
     return execute(Pooled(encoder), ids.to(encoder.device))[0]
 
 
-def t5_hidden(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int, execute: Execute) -> Tensor:
-    """Last hidden states (B, length, C) of T5, padded to `length` and without a mask: padding is seen, as in training.
+def t5_hidden(tokenizer: Any, encoder: Any, prompt: str, length: int, execute: Execute) -> Tensor:
+    """Last hidden states (1, length, C) of T5, padded to `length` and without a mask: padding is seen, as in training.
 
     Raises:
-        PromptTooLong: a prompt has more than `length` tokens.
+        PromptTooLong: the prompt has more than `length` tokens.
     """
-    _demand_fit(tokenizer, prompts, length)
-    ids = _ids(tokenizer, prompts, length)
+    _demand_fit(tokenizer, prompt, length)
+    ids = _ids(tokenizer, prompt, length)
     return execute(Hidden(encoder), ids.to(encoder.device))[0]
 
 
-def umt5_hidden(tokenizer: Any, encoder: Any, prompts: Sequence[str], length: int, execute: Execute) -> Tensor:
-    """Last hidden states (B, length, C) of UMT5, which does not see padding; zeros there.
+def umt5_hidden(tokenizer: Any, encoder: Any, prompt: str, length: int, execute: Execute) -> Tensor:
+    """Last hidden states (1, length, C) of UMT5, which does not see padding; zeros there.
 
-    Prompts are cleaned first: mended encodings, no HTML entities, single spaces (`prompt_clean` of diffusers).
+    The prompt is cleaned first: mended encodings, no HTML entities, single spaces (`prompt_clean` of diffusers).
 
     Raises:
-        PromptTooLong: a prompt has more than `length` tokens.
+        PromptTooLong: the prompt has more than `length` tokens.
     """
-    prompts = [clean(prompt) for prompt in prompts]
-    _demand_fit(tokenizer, prompts, length)
+    prompt = clean(prompt)
+    _demand_fit(tokenizer, prompt, length)
     batch = tokenizer(
-        prompts, padding="max_length", max_length=length, truncation=True, return_attention_mask=True,
+        [prompt], padding="max_length", max_length=length, truncation=True, return_attention_mask=True,
         return_tensors="pt",
     )  # fmt: skip
     ids, mask = batch.input_ids.to(encoder.device), batch.attention_mask.to(encoder.device)
     return execute(MaskedHidden(encoder), ids, mask)[0]
+
+
+def language_states(
+    encoder: Any, ids_BT: Tensor, layers: Sequence[int], execute: Execute, mask_BT: Tensor | None = None
+) -> Tensor:
+    """As `LayerStates`, of an encoder that may have a head for next tokens, which is not computed."""
+    given = [ids_BT] if mask_BT is None else [ids_BT, mask_BT]
+    return execute(LayerStates(encoder.base_model, tuple(layers)), *(tensor.to(encoder.device) for tensor in given))[0]
 
 
 def clean(prompt: str) -> str:
@@ -117,18 +148,17 @@ def vision_hidden(processor: Any, encoder: Any, pictures: Sequence[Image], execu
     return execute(Vision(encoder), pixels.to(encoder.device, encoder.dtype))[0]
 
 
-def _demand_fit(tokenizer: Any, prompts: Sequence[str], length: int) -> None:
-    for prompt in prompts:
-        tokens = tokenizer(prompt, truncation=False).input_ids
-        if len(tokens) > length:
-            lost = tokenizer.decode(tokens[length - 1 : -1])
-            raise PromptTooLong(
-                f"max_sequence_length={length}: the prompt has {len(tokens)} tokens; this would be lost: {lost!r}"
-            )
+def _demand_fit(tokenizer: Any, prompt: str, length: int) -> None:
+    tokens = tokenizer(prompt, truncation=False).input_ids
+    if len(tokens) > length:
+        lost = tokenizer.decode(tokens[length - 1 : -1])
+        raise PromptTooLong(
+            f"max_sequence_length={length}: the prompt has {len(tokens)} tokens; this would be lost: {lost!r}"
+        )
 
 
-def _ids(tokenizer: Any, prompts: Sequence[str], length: int) -> Tensor:
-    batch = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+def _ids(tokenizer: Any, prompt: str, length: int) -> Tensor:
+    batch = tokenizer([prompt], padding="max_length", max_length=length, truncation=True, return_tensors="pt")
     ids: Tensor = batch.input_ids
     return ids
 
@@ -148,19 +178,25 @@ class HashTokenizer:
     def beside(cls, key: str, configs: Mapping[str, Mapping[str, Any]]) -> HashTokenizer:
         """For the tokenizer with this key, one that fits its text encoder's `config.json`."""
         config = configs[key.replace("tokenizer", "text_encoder")]
+        config = config.get("text_config", config)
         return cls(config["vocab_size"], config.get("max_position_embeddings", 512))
 
     def __call__(self, text: str | Sequence[str], **options: Any) -> Any:
         if isinstance(text, str):
-            return _Batch([self._word(w) for w in text.split()])
-        words = [[self._word(w) for w in t.split()] for t in text]
+            return _Batch([self._word(w) for w in self.tokenize(text)])
+        words = [[self._word(w) for w in self.tokenize(t)] for t in text]
         length = options.get("max_length") or max(map(len, words))
         lengths = torch.tensor([min(len(row), length) for row in words])
         ids = torch.tensor([(row + [1] * length)[:length] for row in words])
         return _Batch(ids, (torch.arange(length) < lengths[:, None]).long())
 
     def tokenize(self, text: str) -> list[str]:
-        return text.split()
+        """Words, and every other character but spaces."""
+        return re.findall(r"\w+|[^\w\s]", text)
+
+    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
+        """The text of a conversation, with as many tokens around each message as chat templates commonly have."""
+        return "".join(f"<|{m['role']}|> {m['content']} <|end|>" for m in messages)
 
     def _word(self, word: str) -> int:
         return 3 + sum(ord(c) * 31**i for i, c in enumerate(word)) % (self.vocabulary - 4)

@@ -29,7 +29,7 @@ from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.kernels.op import Op
 from sgl_diffusion.models.family import Condition, Family
-from sgl_diffusion.runtime.batch import encode
+from sgl_diffusion.runtime.batch import encode, predictor_of
 from sgl_diffusion.runtime.blueprint import AT_WORK, Blueprint
 from sgl_diffusion.runtime.denoise import State, integrate
 from sgl_diffusion.runtime.graphs import leaves, shape_class
@@ -230,21 +230,20 @@ class Accountant:
         family, request, vae = self.family, job.request, self.parts["vae"]
         vae.tiling, vae.slicing = self.plan.tiles(job.size), self.plan.vae_slicing
         with counted() as encoding:
-            conditions = encode(
-                family, request.prompts, job.negative_prompt, request.outputs_per_prompt, job.text_length
-            )
+            texts = request.prompts, job.negative_prompt, request.outputs_per_prompt, job.text_length
+            branches = encode(family, *texts, job.pictures)
         work = {"text_encoding": encoding}
         if job.pictures:
             with counted() as work["picture_encoding"]:
-                seen = family.encode_pictures(job.pictures, job.size).repeat(request.count)
-            conditions = [condition | seen for condition in conditions]
-        shapes = shape_class([list(condition.tensors.values()) for condition in conditions])
+                seen = family.encode_pictures(job.pictures, job.size)
+            branches = [[condition | seen for condition in branch] for branch in branches]
+        shapes = shape_class([[list(c.tensors.values()) for c in branch] for branch in branches])
         key = shapes, job.size, job.guidance, job.schedule
         if key not in self._counted:
-            self._counted[key] = self._after_encoding(job, conditions)
+            self._counted[key] = self._after_encoding(job, branches)
         return work | self._counted[key]
 
-    def _after_encoding(self, job: Job, conditions: Sequence[Condition]) -> dict[str, Work]:
+    def _after_encoding(self, job: Job, branches: Sequence[Sequence[Condition]]) -> dict[str, Work]:
         family, schedule = self.family, job.schedule
         with counted() as preparation:
             generators = [torch.Generator() for _ in range(job.request.count)]
@@ -255,12 +254,15 @@ class Accountant:
             timesteps = schedule.timesteps[phase.steps.start : phase.steps.stop]
             with counted() as once:
                 positive, *negative = [
-                    family.predictor(condition, job.size, job.guidance, timesteps, phase.denoiser)
-                    for condition in conditions
+                    predictor_of(family, conditions, job.size, job.guidance, timesteps, phase.denoiser)
+                    for conditions in branches
                 ]
             against = negative[0] if negative else None
             with counted() as step:
-                state = next(integrate(state, schedule, phase.steps, positive, against, phase.scale, noise)).state
+                steps = integrate(
+                    state, schedule, phase.steps, positive, against, phase.scale, noise, keeps_norm=family.keeps_norm
+                )
+                state = next(steps).state
             preparation, denoising = preparation + once, denoising + step.times(len(phase.steps))
         with counted() as decoding:
             for chunk in family.decode(state.x, job.size):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from sgl_diffusion.models.family import Condition, Execute, Family, Guidance, Predictor, Size, Tensors, eager
@@ -35,22 +36,25 @@ class Neighbours:
         self,
         family: Family,
         x: Tensor,
-        condition: Condition,
+        conditions: Sequence[Condition],
         size: Size,
         guidance: Guidance,
         timesteps: Sequence[float],
         denoiser: str,
     ) -> Predictor:
-        """`family.predictor` for a batch x, exact."""
+        """`family.predictor` for a batch x, exact; a condition for every result."""
+        settings = size, guidance, timesteps, denoiser
+        if not _alike(conditions):
+            self.took["denoising"] = "one by one: prompts are not equally long"
+            return _apart(family, conditions, *settings)
 
         def together() -> Predictor:
-            return family.predictor(condition, size, guidance, timesteps, denoiser)
+            return family.predictor(Condition.batch(conditions), *settings)
 
         def alone() -> Predictor:
-            each = [condition.of(i) for i in range(len(x))]
-            return apart([family.predictor(of_1, size, guidance, timesteps, denoiser) for of_1 in each])
+            return _apart(family, conditions, *settings)
 
-        shape = denoiser, size, *(t.shape for t in condition.tensors.values())
+        shape = denoiser, size, len(x), *conditions[0].shapes
         if len(x) == 1 or self._measured("denoising", shape, lambda: together()(x, 0), lambda: alone()(x, 0)):
             return together()
         return alone()
@@ -91,18 +95,54 @@ def encode(
     negative: str | None,
     outputs_per_prompt: int,
     text_length: int,
+    pictures: Sequence[Image] = (),
     execute: Execute = eager,
-) -> list[Condition]:
-    """What every result of the positive branch is told, and of the negative one if there is one; prompt by prompt.
+) -> list[list[Condition]]:
+    """What every result is told, in the positive branch and in the negative if there is one; prompt by prompt.
 
     Raises:
         PromptTooLong: as `Family.encode`.
     """
-    each = [family.encode([prompt], text_length, execute) for prompt in prompts]
-    conditions = [Condition.batch(each).repeat(outputs_per_prompt)]
+    each = [family.encode(prompt, text_length, pictures, execute) for prompt in prompts]
+    branches = [[condition for condition in each for _ in range(outputs_per_prompt)]]
     if negative is not None:
-        conditions.append(family.encode([negative], text_length, execute).repeat(len(prompts) * outputs_per_prompt))
-    return conditions
+        branches.append([family.encode(negative, text_length, pictures, execute)] * len(branches[0]))
+    return branches
+
+
+def predictor_of(
+    family: Family,
+    conditions: Sequence[Condition],
+    size: Size,
+    guidance: Guidance,
+    timesteps: Sequence[float],
+    denoiser: str,
+) -> Predictor:
+    """`family.predictor` of a batch, where conditions are alike; else result by result."""
+    if _alike(conditions):
+        return family.predictor(Condition.batch(conditions), size, guidance, timesteps, denoiser)
+    return _apart(family, conditions, size, guidance, timesteps, denoiser)
+
+
+def finished(family: Family, x: Tensor, conditions: Sequence[Condition]) -> Tensor:
+    """`family.finished` of a batch x."""
+    each = zip(torch.split(x, 1), conditions, strict=True)
+    return torch.cat([family.finished(x_1, condition) for x_1, condition in each])
+
+
+def _alike(conditions: Sequence[Condition]) -> bool:
+    return all(condition.shapes == conditions[0].shapes for condition in conditions)
+
+
+def _apart(
+    family: Family,
+    conditions: Sequence[Condition],
+    size: Size,
+    guidance: Guidance,
+    timesteps: Sequence[float],
+    denoiser: str,
+) -> Predictor:
+    return apart([family.predictor(condition, size, guidance, timesteps, denoiser) for condition in conditions])
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from sgl_diffusion.runtime.pipeline import NativePipeline
 from sgl_diffusion.runtime.plan import dtype_name
 from sgl_diffusion.runtime.prewarm import size_step
 from sgl_diffusion.runtime.report import versions
-from sgl_diffusion.runtime.request import DEFAULT_FPS, Request, overridden, resolve_request
+from sgl_diffusion.runtime.request import DEFAULT_FPS, Request, guided_by_default, overridden, resolve_request
 
 if TYPE_CHECKING:
     from sgl_diffusion.runtime.engine import Engine
@@ -74,21 +74,21 @@ def card(engine: Engine) -> dict[str, Any]:
     if isinstance(backend, NativePipeline):
         defaults = overridden(backend.defaults, model.sampling_defaults)
         size = Size(defaults.height, defaults.width, defaults.num_frames)
-        guided = backend.family.classifier_free
+        family = backend.family
 
         def takes(size: Size, pictures: int) -> bool:
-            guidance = Guidance(None if guided else defaults.guidance_scale)
+            guidance = Guidance(None if family.classifier_free else defaults.guidance_scale)
             with suppress(ValueError):
-                backend.family.check(size, guidance, defaults.max_sequence_length, pictures)
+                family.check(size, guidance, defaults.max_sequence_length, pictures)
                 return True
             return False
 
         pictures = [n for n in range(MOST_PICTURES + 1) if takes(size, n)]
         told |= {
             "defaults": asdict(defaults),
-            "negative_prompt_by_default": guided and (defaults.guidance_scale or 1.0) > 1,
+            "negative_prompt_by_default": guided_by_default(family, defaults),
             "takes_pictures": pictures,
-            "size_step": size_step(backend.family, defaults),
+            "size_step": size_step(family, defaults),
             "frame_step": next((n for n in FRAME_STEPS if takes(replace(size, frames=1 + n), pictures[0])), None),
         }
     return told

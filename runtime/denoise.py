@@ -61,11 +61,12 @@ class EulerStep:
     """x' = x + (sigma' - sigma) * velocity, a pure function of tensors on one device.
 
     With a negative branch, the velocity is negative + scale * (positive - negative): classifier-free guidance
-    (Ho & Salimans 2022), combined by the kernel that takes the step.
+    (Ho & Salimans 2022), combined by the kernel that takes the step. `keeps_norm` as of a family.
     """
 
     positive: Callable[..., Tensor]
     negative: Callable[..., Tensor] | None = None
+    keeps_norm: bool = False
 
     def __call__(
         self, x: Tensor, dt: Tensor, scale: Tensor, positive: Tensors, negative: Tensors = None
@@ -76,7 +77,9 @@ class EulerStep:
             return guided_euler_step(x, velocity, dt), velocity
         guided = torch.empty_like(velocity)
         against = self.negative(x, *negative)
-        x = guided_euler_step(x, velocity, dt, negative=against, scale=scale, velocity_out=guided)
+        x = guided_euler_step(
+            x, velocity, dt, negative=against, scale=scale, per_token_norm=self.keeps_norm, velocity_out=guided
+        )
         return x, guided
 
 
@@ -118,6 +121,8 @@ def integrate(
     scale: float = 1.0,
     noise: Sequence[Tensor] = (),
     execute: Execute = eager,
+    *,
+    keeps_norm: bool = False,
 ) -> Iterator[Step]:
     """Takes those of some steps that are left, and gives a `Step` after each; the next range goes on from its state.
 
@@ -127,13 +132,14 @@ def integrate(
         positive, negative: with the tensors of these steps, from that of `steps[0]` on.
         scale: of guidance, with a negative.
         noise: fresh; `schedule.noises` tensors like x, whatever the range.
+        keeps_norm: as of the family.
     Raises:
         ValueError: there are more of them, or fewer.
     """
     if len(noise) != schedule.noises:
         raise ValueError(f"noise: {len(noise)} tensors, expected {schedule.noises}")
     x, history, device = state.x, state.history, state.x.device
-    euler = EulerStep(positive.call, negative.call if negative else None)
+    euler = EulerStep(positive.call, negative.call if negative else None, keeps_norm)
     multistep = MultistepStep(euler)
     branches = [branch for branch in (positive, negative) if branch is not None]
     strength = torch.tensor(scale, dtype=torch.float32, device=device)

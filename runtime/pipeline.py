@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from sgl_diffusion.models.family import Condition, Phase, Size
 from sgl_diffusion.models.text import PromptTooLong
 from sgl_diffusion.runtime import denoise
 from sgl_diffusion.runtime.accounting import Accountant
 from sgl_diffusion.runtime.args import ServerArgs
-from sgl_diffusion.runtime.batch import Neighbours, encode
+from sgl_diffusion.runtime.batch import Neighbours, encode, finished
 from sgl_diffusion.runtime.blueprint import AT_WORK, Blueprint
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.events import Drawn, Event, Pixels, StageFinished, StageStarted, StepDone
@@ -61,14 +62,14 @@ class BetweenSteps:
 
     pipeline: NativePipeline
     job: Job
-    condition: Condition
+    conditions: Sequence[Condition]
     step: denoise.Step
 
     @torch.inference_mode()
     def preview(self) -> list[Pixels]:
         family = self.pipeline.family
         with self.pipeline.offload.on_device("vae"):
-            decoded = next(family.decode(family.finished(self.step.picture, self.condition), self.job.size))
+            decoded = next(family.decode(finished(family, self.step.picture, self.conditions), self.job.size))
             pixels = to_pixels(decoded)
         return [frames[0] for frames in pixels] if family.draws_video else pixels
 
@@ -204,7 +205,7 @@ class NativePipeline:
     ) -> Generator[Event, None, Tensor]:
         """Yields progress and returns the finished latents; all that led to them is free when the decode begins."""
         family, schedule = self.family, job.schedule
-        conditions = yield from self._encode(job, watch, gauge, record)
+        branches = yield from self._encode(job, watch, gauge, record)
         with gauge.stage("latent_preparation"):
             generators = [torch.Generator().manual_seed(seed) for seed in job.request.seeds]
             # it is made where the denoiser's weights are, which may be the host
@@ -217,15 +218,15 @@ class NativePipeline:
             if not state.left(phase.steps):
                 continue
             with self.offload.on_device("denoiser", phase.denoiser):
-                state = yield from self._take(phase, job, conditions, state, noise, watch, gauge, record)
+                state = yield from self._take(phase, job, branches, state, noise, watch, gauge, record)
         record("final_latents", state.x)
-        return family.finished(state.x, conditions[0])
+        return finished(family, state.x, branches[0])
 
     def _take(
         self,
         phase: Phase,
         job: Job,
-        conditions: Sequence[Condition],
+        branches: Sequence[Sequence[Condition]],
         state: denoise.State,
         noise: Sequence[Tensor],
         watch: Stopwatch,
@@ -239,9 +240,9 @@ class NativePipeline:
             timesteps = schedule.timesteps[phase.steps.start : phase.steps.stop]
             positive, *negative = [
                 self.neighbours.predictor(
-                    self.family, state.x, condition, job.size, job.guidance, timesteps, phase.denoiser
+                    self.family, state.x, conditions, job.size, job.guidance, timesteps, phase.denoiser
                 )
-                for condition in conditions
+                for conditions in branches
             ]
         yield StageFinished("latent_preparation")
 
@@ -249,27 +250,28 @@ class NativePipeline:
         with watch.span("denoising"):
             against, execute = negative[0] if negative else None, self.graphs["denoising"]
             loop = denoise.integrate(
-                state, schedule, phase.steps, positive, against, phase.scale, noise=noise, execute=execute
-            )
+                state, schedule, phase.steps, positive, against, phase.scale, noise, execute,
+                keeps_norm=self.family.keeps_norm,
+            )  # fmt: skip
             for i in state.left(phase.steps):
                 with watch.span("denoise_step"), gauge.stage("denoising"):
                     step = next(loop)
                 record(f"prediction_{i}", step.velocity)
-                yield StepDone(i + 1, schedule.steps, BetweenSteps(self, job, conditions[0], step))
+                yield StepDone(i + 1, schedule.steps, BetweenSteps(self, job, branches[0], step))
         yield StageFinished("denoising")
         return step.state
 
     def _encode(
         self, job: Job, watch: Stopwatch, gauge: Gauge, record: Record
-    ) -> Generator[Event, None, list[Condition]]:
-        """Yields progress and returns what the model is told: in the positive branch, and in the negative if there is
-        one."""
+    ) -> Generator[Event, None, list[list[Condition]]]:
+        """Yields progress and returns what the model is told of every result: in the positive branch, and in the
+        negative if there is one."""
         family, request = self.family, job.request
         texts = request.prompts, job.negative_prompt, request.outputs_per_prompt, job.text_length
         yield StageStarted("text_encoding")
         with watch.span("text_encoding"), gauge.stage("text_encoding"), self.offload.on_device("text_encoder"):
             try:
-                conditions = encode(family, *texts, self.graphs["text_encoding"])
+                branches = encode(family, *texts, job.pictures, self.graphs["text_encoding"])
             except PromptTooLong as e:
                 raise UserError(str(e)) from e
         yield StageFinished("text_encoding")
@@ -277,12 +279,12 @@ class NativePipeline:
             yield StageStarted("picture_encoding")
             encoders = self.offload.on_device("image_encoder"), self.offload.on_device("vae")
             with watch.span("picture_encoding"), gauge.stage("picture_encoding"), encoders[0], encoders[1]:
-                seen = family.encode_pictures(job.pictures, job.size).repeat(request.count)
-            conditions = [condition | seen for condition in conditions]
+                seen = family.encode_pictures(job.pictures, job.size)
+            branches = [[condition | seen for condition in branch] for branch in branches]
             yield StageFinished("picture_encoding")
-        for name, tensor in conditions[0].tensors.items():
-            record(name, tensor)
-        return conditions
+        for name in branches[0][0].tensors:  # of shorter prompts with zeros behind them
+            record(name, pad_sequence([condition.tensors[name][0] for condition in branches[0]], batch_first=True))
+        return branches
 
     @contextmanager
     def warming_up(self, shapes: int) -> Iterator[None]:

@@ -8,7 +8,7 @@ through all of the rest, so that whatever size is asked for later finds its kern
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -17,12 +17,14 @@ from typing import Any
 import torch
 
 from sgl_diffusion.kernels.launch import compiling_only
-from sgl_diffusion.models.family import Defaults, Family, Guidance, Size
+from sgl_diffusion.models.family import Condition, Defaults, Family, Guidance, Size
 from sgl_diffusion.runtime.args import OutputOptions, SamplingParams, ServerArgs
+from sgl_diffusion.runtime.batch import predictor_of
 from sgl_diffusion.runtime.blueprint import Blueprint
 from sgl_diffusion.runtime.denoise import State, integrate
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.rehearsal import fewest_pictures
+from sgl_diffusion.runtime.request import schedule_of
 
 BATCHES = ((1, False), (2, True))  # with and without guidance
 DECODED_FRAMES = 9  # a clip's first chunk, its second, and one that is as all further ones
@@ -50,27 +52,30 @@ def compile_kernels(blueprint: Blueprint) -> None:
     """Compiles what requests of any size launch, for Triton's current target."""
     parts = blueprint.shape_only_parts(blueprint.attention_on(torch.device("cuda")))
     with compiling_only():
-        for size, (batch, guided) in product(generic_sizes(blueprint, parts), BATCHES):
-            launch_all(blueprint, parts, size, batch, guided=guided)
+        with torch.device("meta"):
+            examples = blueprint.family.examples(blueprint.configs)
+        for size, (batch, guided), condition in product(generic_sizes(blueprint, parts), BATCHES, examples):
+            launch_all(blueprint, parts, size, [condition] * batch, guided=guided)
         parts["vae"].tiling = True
         decode(blueprint, parts, Size(blueprint.defaults.height, blueprint.defaults.width, DECODED_FRAMES), 1)
 
 
 @torch.no_grad()
-def launch_all(blueprint: Blueprint, parts: Mapping[str, Any], size: Size, batch: int, *, guided: bool) -> None:
+def launch_all(
+    blueprint: Blueprint, parts: Mapping[str, Any], size: Size, conditions: Sequence[Condition], *, guided: bool
+) -> None:
     """What a request launches, on shapes alone: a step and a decode, but for those that go to tiles."""
-    family, defaults = blueprint.family_of(parts), blueprint.defaults
-    with torch.device("meta"):
-        condition = blueprint.family.example(blueprint.configs).repeat(batch)
+    family, defaults, batch = blueprint.family_of(parts), blueprint.defaults, len(conditions)
     x = family.noise(size, [torch.Generator()] * batch)
     guidance = Guidance(defaults.guidance_scale)
-    schedule = blueprint.sampler().schedule(defaults.num_inference_steps, family.image_tokens(size))
+    schedule = schedule_of(family, blueprint.sampler(), size, defaults.num_inference_steps)
     state = State.start(x, schedule)
     noise = [x] * schedule.noises
     for phase in family.phases(schedule.timesteps, guidance):
         timesteps = schedule.timesteps[phase.steps.start : phase.steps.stop]
-        predictor = family.predictor(condition, size, guidance, timesteps, phase.denoiser)
-        next(integrate(state, schedule, phase.steps, predictor, predictor if guided else None, noise=noise))
+        predictor = predictor_of(family, conditions, size, guidance, timesteps, phase.denoiser)
+        against = predictor if guided else None
+        next(integrate(state, schedule, phase.steps, predictor, against, noise=noise, keeps_norm=family.keeps_norm))
     if not blueprint.plan.tiles(size):
         decode(blueprint, parts, replace(size, frames=min(size.frames, DECODED_FRAMES)), batch)
 

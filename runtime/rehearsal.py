@@ -20,17 +20,20 @@ from torch.overrides import TorchFunctionMode
 
 from sgl_diffusion.kernels.launch import rehearsing
 from sgl_diffusion.models.family import ENCODERS, Condition, Defaults, Execute, Family, Guidance, Size, Tensors, eager
-from sgl_diffusion.models.text import HashTokenizer
+from sgl_diffusion.models.text import HashTokenizer, PromptTooLong
 from sgl_diffusion.runtime.args import ServerArgs
-from sgl_diffusion.runtime.batch import Neighbours, encode
+from sgl_diffusion.runtime.batch import Neighbours, encode, finished
 from sgl_diffusion.runtime.blueprint import Blueprint
 from sgl_diffusion.runtime.denoise import State, integrate
+from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.graphs import Graphs
 from sgl_diffusion.runtime.live_bytes import LiveBytes
 from sgl_diffusion.runtime.pixels import quantised
-from sgl_diffusion.runtime.request import Job, Request, settle
+from sgl_diffusion.runtime.request import Job, Request, guided_by_default, schedule_of, settle
 from sgl_diffusion.runtime.schedulers import Schedule
 from sgl_diffusion.runtime.tape import Tapes
+
+Branches = Sequence[Sequence[Condition]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Rehearsal:
     def __init__(self, blueprint: Blueprint, args: ServerArgs, *, taped: bool, granularity: int) -> None:
         self.blueprint, self.plan = blueprint, blueprint.plan
         self.taped, self.granularity, self.dummy = taped, granularity, args.load_format == "dummy"
-        self._encoded: dict[Hashable, tuple[int, list[Condition]]] = {}
+        self._encoded: dict[Hashable, tuple[int, list[list[Condition]]]] = {}
         self._drawn: dict[Hashable, tuple[dict[str, int], int]] = {}
         self._decoded: dict[Hashable, tuple[int, int]] = {}
 
@@ -146,7 +149,7 @@ class Rehearsal:
         """Of one result by these defaults, from as few given pictures as there have to be."""
         family = self.family
         size = Size(defaults.height, defaults.width, defaults.num_frames)
-        free = family.classifier_free and (defaults.guidance_scale or 1.0) > 1
+        free = guided_by_default(family, defaults)
         guidance = Guidance(None if family.classifier_free else defaults.guidance_scale)
         return Workload(
             prompts=1,
@@ -154,7 +157,7 @@ class Rehearsal:
             negative=free,
             size=size,
             guidance=guidance,
-            schedule=self.blueprint.sampler().schedule(defaults.num_inference_steps, family.image_tokens(size)),
+            schedule=schedule_of(family, self.blueprint.sampler(), size, defaults.num_inference_steps),
             text_length=defaults.max_sequence_length,
             decode_only=False,
             seen=((size.width, size.height),) * fewest_pictures(family, size, guidance, defaults.max_sequence_length),
@@ -175,42 +178,50 @@ class Rehearsal:
         """
         key = work, tiling
         if key not in self._drawn:
-            live, encoding, conditions = self._live(), *self._encode(work)
+            live, encoding, branches = self._live(), *self._encode(work)
             peaks = {"text_encoding": encoding}
             if work.seen:
                 self.parts["vae"].tiling, self.parts["vae"].slicing = tiling, self.plan.vae_slicing
-                peaks["picture_encoding"], conditions = self._look(work, conditions)
-            peaks["latent_preparation"], peaks["denoising"], left = self._denoise(work, conditions, live)
+                peaks["picture_encoding"], branches = self._look(work, branches)
+            peaks["latent_preparation"], peaks["denoising"], left = self._denoise(work, branches, live)
             self._drawn[key] = peaks, left
         return self._drawn[key]
 
-    def _encode(self, work: Workload) -> tuple[int, list[Condition]]:
-        """The peak and the encoded prompts, which do not depend on the picture's size."""
-        key = work.prompts, work.outputs_per_prompt, work.negative, work.text_length
+    def _encode(self, work: Workload) -> tuple[int, list[list[Condition]]]:
+        """The peak and the encoded prompts, which do not depend on the result's size. They are as long as may be."""
+        key = work.prompts, work.outputs_per_prompt, work.negative, work.text_length, work.seen
         if key not in self._encoded:
-            live, prompts = self._live(), [""] * work.prompts
-            with live.rising():
-                negative = "" if work.negative else None
-                conditions = encode(self.family, prompts, negative, work.outputs_per_prompt, work.text_length)
-            self._encoded[key] = live.peak, conditions
+            self._encoded[key] = self._encode_longest(work)
         return self._encoded[key]
 
-    def _look(self, work: Workload, conditions: Sequence[Condition]) -> tuple[int, list[Condition]]:
+    def _encode_longest(self, work: Workload) -> tuple[int, list[list[Condition]]]:
+        live = self._live()
+        for words in range(work.text_length, -1, -1):  # families may have tokens of their own around a prompt's
+            longest = " ".join(["word"] * words)
+            texts = [longest] * work.prompts, longest if work.negative else None
+            try:
+                with live.rising():
+                    branches = encode(self.family, *texts, work.outputs_per_prompt, work.text_length, _blank(work.seen))
+                return live.peak, branches
+            except PromptTooLong as e:
+                too_long = e
+        raise UserError(str(too_long))
+
+    def _look(self, work: Workload, branches: Branches) -> tuple[int, list[list[Condition]]]:
         """The peak of the given pictures' encoding, and the conditions with what it gives."""
         live = self._live()
         with live.rising():
-            given = [_like(condition) for condition in conditions]
-            pictures = [Image.new("RGB", size) for size in work.seen]
-            seen = self.family.encode_pictures(pictures, work.size).repeat(work.pictures)
-        return live.peak, [condition | seen for condition in given]
+            given = _like(branches)
+            seen = self.family.encode_pictures(_blank(work.seen), work.size)
+        return live.peak, [[condition | seen for condition in branch] for branch in given]
 
-    def _denoise(self, work: Workload, conditions: Sequence[Condition], live: LiveBytes) -> tuple[int, int, int]:
+    def _denoise(self, work: Workload, branches: Branches, live: LiveBytes) -> tuple[int, int, int]:
         """Peaks of the preparation and of the loop, and what stays: the final latents, and what tapes keep."""
         family, generators = self.family, [torch.Generator()] * work.pictures
         preparing = denoising = 0
         taped, neighbours = Graphs(Tapes()), Neighbours()
         with live.rising():
-            given = [_like(condition) for condition in conditions]
+            given = _like(branches)
             state = State.start(family.noise(work.size, generators), work.schedule)
             noise = [family.noise(work.size, generators) for _ in range(work.schedule.noises)]
         for phase in family.phases(work.schedule.timesteps, work.guidance):
@@ -219,22 +230,23 @@ class Rehearsal:
                 timesteps = work.schedule.timesteps[phase.steps.start : phase.steps.stop]
                 positive, *negative = [
                     neighbours.predictor(
-                        family, state.x, condition, work.size, work.guidance, timesteps, phase.denoiser
+                        family, state.x, conditions, work.size, work.guidance, timesteps, phase.denoiser
                     )
-                    for condition in given
+                    for conditions in given
                 ]
             preparing = max(preparing, live.peak)
             with live.rising():
                 against = negative[0] if negative else None
                 loop = integrate(
-                    state, work.schedule, phase.steps, positive, against, phase.scale, noise=noise, execute=execute
-                )
+                    state, work.schedule, phase.steps, positive, against, phase.scale, noise, execute,
+                    keeps_norm=family.keeps_norm,
+                )  # fmt: skip
                 for _ in phase.steps[:2]:  # the second holds what the first left; so do those that follow
                     state = next(loop).state
             denoising = max(denoising, live.peak)
             del loop, positive, negative, against
         with live:
-            x = family.finished(state.x, given[0])
+            x = finished(family, state.x, given[0])
         del given, state, noise
         left = live.now
         del x, taped  # not before they are counted
@@ -276,8 +288,15 @@ def fewest_pictures(family: Family, size: Size, guidance: Guidance, text_length:
     return 0
 
 
-def _like(condition: Condition) -> Condition:
-    return Condition({name: torch.empty_like(tensor) for name, tensor in condition.tensors.items()})
+def _blank(sizes: Sequence[tuple[int, int]]) -> list[Image.Image]:
+    return [Image.new("RGB", size) for size in sizes]
+
+
+def _like(branches: Branches) -> list[list[Condition]]:
+    """New tensors of the same shapes. Results that share a condition go on sharing one."""
+    each = {id(condition): condition for branch in branches for condition in branch}
+    new = {at: Condition({k: torch.empty_like(v) for k, v in c.tensors.items()}) for at, c in each.items()}
+    return [[new[id(condition)] for condition in branch] for branch in branches]
 
 
 def _keep_in_fp32(encoder: Any) -> None:

@@ -115,20 +115,36 @@ def settle(request: Request, defaults: Defaults, family: Family, sampler: Sample
     given = request.given
     if "fps" in given and not family.draws_video:
         raise UserError(f"fps={given['fps']}: this model draws pictures")
+    pictures = tuple(read_pictures(given.get("image_path", ())))
+    if pictures:
+        height, width = family.fitting_size(pictures, defaults)
+        defaults = replace(defaults, height=height, width=width)
     chosen = overridden(defaults, given)
-    guidance, negative = (_classifier_free if family.classifier_free else _embedded)(request, chosen)
+    if family.classifier_free:
+        guidance, negative = _classifier_free(request, chosen, family.unguided_scale)
+    else:
+        guidance, negative = _embedded(request, chosen)
     size = Size(chosen.height, chosen.width, chosen.num_frames)
-    paths = given.get("image_path", ())
     try:
-        family.check(size, guidance, chosen.max_sequence_length, len(paths))
+        family.check(size, guidance, chosen.max_sequence_length, len(pictures))
         if (shift := given.get("flow_shift")) is not None:
             sampler = sampler.with_shift(shift)
-        schedule = sampler.schedule(chosen.num_inference_steps, family.image_tokens(size))
+        schedule = schedule_of(family, sampler, size, chosen.num_inference_steps)
     except ValueError as e:
         raise UserError(str(e)) from e
-    pictures = tuple(read_pictures(paths)) if paths else ()
     fps = (chosen.fps or DEFAULT_FPS) if family.draws_video else None
     return Job(request, size, guidance, schedule, chosen.max_sequence_length, negative, pictures, fps)
+
+
+def schedule_of(family: Family, sampler: Sampler, size: Size, steps: int) -> Schedule:
+    """Raises ValueError for a number of steps that cannot be taken."""
+    return sampler.schedule(steps, family.image_tokens(size), family.dynamic_shift(size, steps))
+
+
+def guided_by_default(family: Family, defaults: Defaults) -> bool:
+    """Whether a request that says nothing of guidance has a negative branch."""
+    scale = defaults.guidance_scale
+    return family.classifier_free and scale is not None and scale > family.unguided_scale
 
 
 def overridden(defaults: Defaults, given: Mapping[str, Any]) -> Defaults:
@@ -144,7 +160,9 @@ def spelled_out(job: Job, family: Family) -> dict[str, Any]:
         "width": job.size.width,
         "num_inference_steps": job.steps,
         "max_sequence_length": job.text_length,
-        "guidance_scale": guidance.true_cfg if family.classifier_free else guidance.embedded,
+        "guidance_scale": guidance.true_cfg - (1 - family.unguided_scale)
+        if family.classifier_free
+        else guidance.embedded,
         "guidance_scale_2": guidance.true_cfg_2,
         "true_cfg_scale": None if family.classifier_free or guidance.true_cfg <= 1 else guidance.true_cfg,
         "num_frames": job.size.frames if family.draws_video else None,
@@ -155,7 +173,8 @@ def spelled_out(job: Job, family: Family) -> dict[str, Any]:
 
 def _embedded(request: Request, chosen: Defaults) -> tuple[Guidance, str | None]:
     """`guidance_scale` is fed to the model; `true_cfg_scale` is that of a negative branch, which is asked for."""
-    true_cfg, negative = request.given.get("true_cfg_scale", 1.0), request.negative_prompt
+    negative = request.negative_prompt
+    true_cfg = request.given.get("true_cfg_scale", 1.0 if negative is None else chosen.true_cfg_scale)
     if "guidance_scale_2" in request.given:
         raise UserError(f"guidance_scale_2={request.given['guidance_scale_2']}: this model has one denoiser")
     if true_cfg > 1 and negative is None:
@@ -165,17 +184,18 @@ def _embedded(request: Request, chosen: Defaults) -> tuple[Guidance, str | None]
     return Guidance(chosen.guidance_scale, true_cfg), negative
 
 
-def _classifier_free(request: Request, chosen: Defaults) -> tuple[Guidance, str | None]:
+def _classifier_free(request: Request, chosen: Defaults, unguided: float) -> tuple[Guidance, str | None]:
     """`guidance_scale` is that of a negative branch, of an empty prompt where none is given."""
     if "true_cfg_scale" in request.given:
         raise UserError(f"true_cfg_scale={request.given['true_cfg_scale']}: this model's is called guidance_scale")
-    scale = 1.0 if chosen.guidance_scale is None else chosen.guidance_scale
-    if scale > 1:
-        return Guidance(None, scale, chosen.guidance_scale_2), request.negative_prompt or ""
+    scale = unguided if chosen.guidance_scale is None else chosen.guidance_scale
+    if scale > unguided:
+        return Guidance(None, scale + (1 - unguided), chosen.guidance_scale_2), request.negative_prompt or ""
+    without = f"has no effect with guidance_scale={scale:g}; expected above {unguided:g}"
     if request.negative_prompt is not None:
-        raise UserError(f"negative_prompt: has no effect with guidance_scale={scale:g}; expected above 1")
+        raise UserError(f"negative_prompt: {without}")
     if "guidance_scale_2" in request.given:
-        raise UserError(f"guidance_scale_2: has no effect with guidance_scale={scale:g}; expected above 1")
+        raise UserError(f"guidance_scale_2: {without}")
     return Guidance(None), None
 
 

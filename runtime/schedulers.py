@@ -56,8 +56,14 @@ class Schedule:
 class Sampler(Protocol):
     """A way to integrate, as a checkpoint asks for it."""
 
-    def schedule(self, steps: int, image_tokens: int) -> Schedule:
-        """Raises ValueError for a number of steps it cannot take."""
+    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
+        """The noise levels of a picture of so many tokens.
+
+        Args:
+            mu: the logarithm of a dynamic shift; None for what the config makes of `image_tokens`.
+        Raises:
+            ValueError: for a number of steps it cannot take.
+        """
 
     def with_shift(self, shift: float) -> Sampler:
         """The same with another shift of its noise levels. Raises ValueError if that would have no effect."""
@@ -128,9 +134,9 @@ class FlowMatchEuler:
         _one_of(config, time_shift_type=("exponential", "linear"))
         return config
 
-    def schedule(self, steps: int, image_tokens: int) -> Schedule:
+    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
         """Raises ValueError as `sigmas`."""
-        sigmas = self.sigmas(steps, image_tokens)
+        sigmas = self.sigmas(steps, image_tokens, mu)
         timesteps = np.array(sigmas[:-1], np.float32) * np.float32(TRAIN_TIMESTEPS)
         return Schedule(tuple(timesteps.tolist()), tuple(sigmas))
 
@@ -139,7 +145,7 @@ class FlowMatchEuler:
             raise ValueError(f"flow_shift={shift}: no effect, this checkpoint shifts by the size of the picture")
         return replace(self, shift=shift)
 
-    def sigmas(self, steps: int, image_tokens: int) -> list[float]:
+    def sigmas(self, steps: int, image_tokens: int, mu: float | None = None) -> list[float]:
         """`steps` + 1 sigmas, the last one 0. Every value is an exact float32, computed as diffusers does.
 
         Raises:
@@ -147,7 +153,7 @@ class FlowMatchEuler:
         """
         sigma: NDArray[Any] = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
         if self.use_dynamic_shifting:
-            mu = self._mu(image_tokens)
+            mu = self._mu(image_tokens) if mu is None else mu
             factor = math.exp(mu) if self.time_shift_type == "exponential" else mu
             sigma = factor / (factor + (1 / sigma - 1) ** 1.0)
         else:
@@ -229,7 +235,7 @@ class UniPC:
     def with_shift(self, shift: float) -> UniPC:
         return replace(self, flow_shift=shift)
 
-    def schedule(self, steps: int, image_tokens: int) -> Schedule:
+    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
         """Raises ValueError if noise levels coincide."""
         sigma = shifted(np.linspace(1, 1 / TRAIN_TIMESTEPS, steps + 1)[:-1], self.flow_shift)
         if abs(sigma[0] - 1) < 1e-6:
@@ -329,7 +335,7 @@ class DPMSolver:
     def with_shift(self, shift: float) -> DPMSolver:
         return replace(self, flow_shift=shift)
 
-    def schedule(self, steps: int, image_tokens: int) -> Schedule:
+    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
         """Raises ValueError if noise levels coincide."""
         sigma = shifted(1 - np.linspace(1, 1 / TRAIN_TIMESTEPS, steps + 1), self.flow_shift)[:0:-1].copy()
         kept = np.float32(1) - np.float32(self.beta_start)  # of the signal's power, after the first training step
@@ -408,7 +414,7 @@ class DMD:
     def with_shift(self, shift: float) -> DMD:
         return replace(self, shift=shift)
 
-    def schedule(self, steps: int, image_tokens: int) -> Schedule:
+    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
         """The first of the timesteps. Raises ValueError for more steps than there are."""
         if steps > len(self.timesteps):
             told = ",".join(map(str, self.timesteps))

@@ -61,6 +61,7 @@ class Wan:
     """One denoiser or two; parts that a checkpoint lacks are None or not there."""
 
     draws_video = classifier_free = exact_tiles = True
+    unguided_scale, keeps_norm = 1.0, False
     distilled: Distilled | None = None
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
@@ -116,7 +117,7 @@ class Wan:
         return next(same, WAN21_480P)
 
     @classmethod
-    def example(cls, configs: Mapping[str, Mapping[str, Any]]) -> Condition:
+    def examples(cls, configs: Mapping[str, Mapping[str, Any]]) -> Sequence[Condition]:
         """A picture's latents are of one pixel: they are good for every size."""
         config = WanConfig.read(configs["transformer"])
         shapes = {"encoder_hidden_states": (1, cls.defaults(configs).max_sequence_length, config.text_dim)}
@@ -125,7 +126,7 @@ class Wan:
         tensors = {name: torch.zeros(shape, dtype=torch.bfloat16) for name, shape in shapes.items()}
         if config.condition_channels:
             tensors["latent_condition"] = torch.zeros(1, config.condition_channels, 1, 1, 1)
-        return Condition(tensors)
+        return [Condition(tensors)]
 
     @classmethod
     def diffusers_inputs(
@@ -182,9 +183,15 @@ class Wan:
             return (1, 2)
         return (2,) if self.config.pos_embed_seq_len else (1,)
 
-    def encode(self, prompts: Sequence[str], max_sequence_length: int, execute: Execute = eager) -> Condition:
+    def fitting_size(self, pictures: Sequence[Image], defaults: Defaults) -> tuple[int, int]:
+        """Whatever the pictures' proportions, as in diffusers."""
+        return defaults.height, defaults.width
+
+    def encode(
+        self, prompt: str, max_sequence_length: int, pictures: Sequence[Image] = (), execute: Execute = eager
+    ) -> Condition:
         p = self.parts
-        hidden = umt5_hidden(p["tokenizer"], p["text_encoder"], prompts, max_sequence_length, execute)
+        hidden = umt5_hidden(p["tokenizer"], p["text_encoder"], prompt, max_sequence_length, execute)
         return Condition({"encoder_hidden_states": hidden})
 
     def encode_pictures(self, pictures: Sequence[Image], size: Size, execute: Execute = eager) -> Condition:
@@ -209,6 +216,9 @@ class Wan:
 
     def image_tokens(self, size: Size) -> int:
         return math.prod(_latent_shape(self.config, size)[1:]) // math.prod(PATCH)
+
+    def dynamic_shift(self, size: Size, steps: int) -> float | None:
+        return None
 
     def phases(self, timesteps: Sequence[float], guidance: Guidance) -> Sequence[Phase]:
         ratio = self.settings.boundary_ratio
