@@ -215,7 +215,7 @@ def test_a_mistaken_warm_up_is_named(server: dict[str, Any], message: str) -> No
     ("argv", "message"),
     [
         ([], "error: device=cpu: nothing to compile; with enable_torch_compile there is, and --arch"),
-        (["--warmup-resolutions", "64"], "error: warmup_resolutions.0=64: expected WIDTHxHEIGHT in pixels"),
+        (["--warmup-resolutions", "64"], "error: warmup_resolutions=64: expected WIDTHxHEIGHT in pixels"),
         (["--arch", "sm_90", "--enable-torch-compile"], "error: arch=sm_90: torch.compile works on a GPU that is here"),
         (["--arch", "sm_90", "--backend", "diffusers"], "error: arch=sm_90: embedded runs on diffusers"),
         (["--arch", "sm_90", "--model-path", "nowhere"], "error: model_path=nowhere: no such folder"),
