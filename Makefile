@@ -15,7 +15,7 @@ demo: install
 
 test: install-dev lint types
 	PYTHONPATH=.src $(BIN)/lint-imports --no-logo
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(WORKERS)
 
 install: $(VENV)/.installed
 install-dev: $(VENV)/.installed-dev link
