@@ -22,13 +22,17 @@ import torch
 
 from sgl_diffusion.bench import e2e, kernels, launches
 from sgl_diffusion.kernels import launch
+from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.kernels.catalog import OPS
-from sgl_diffusion.runtime.args import SamplingParams
+from sgl_diffusion.models.family import Guidance, Size
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.limits import limits
-from sgl_diffusion.runtime.resolve import presets
+from sgl_diffusion.runtime.rehearsal import fewest_pictures
+from sgl_diffusion.runtime.resolve import presets, resolve
 
 WORKERS = 8
-CLIP_STEPS = 4
+MOST_STEPS = 8  # of a comparison
+WEIGHTS_SHARE = 0.85  # of the GPU's memory; the rest is for what the sides compute
 
 
 def correctness(out: Path) -> bool:
@@ -73,18 +77,18 @@ def kernel_times(out: Path) -> bool:
 
 
 def end_to_end(out: Path) -> bool:
-    """Presets at true size with dummy weights: pictures against diffusers and diffusers compiled; of clips, those from
-    a prompt by the smallest denoiser, a few steps against diffusers.
+    """A model of every pipeline class, at true size with dummy weights, a few steps against diffusers; the first also
+    against diffusers compiled.
     """
-    for name in [*(n for n in presets() if not _is_clip(n)), _smallest_clip()]:
-        server = {"model_path": name, "load_format": "dummy", "device": "cuda"}
+    for i, name in enumerate(compared()):
         print(name)
-        if _is_clip(name):
-            params = SamplingParams(prompt=["a cat"], num_inference_steps=CLIP_STEPS, save_output=False)
-            result = e2e.compare(server, params, ["diffusers"], rounds=1)
-        else:
-            params = SamplingParams(prompt=["a cat"], height=1024, width=1024, save_output=False)
-            result = e2e.compare(server, params, [*e2e.RIVALS], rounds=3)
+        defaults = launches.find(name)[1].defaults
+        params = SamplingParams(
+            prompt=["a cat"], num_inference_steps=min(defaults.num_inference_steps, MOST_STEPS), save_output=False
+        )
+        server = {"model_path": name, "load_format": "dummy", "device": "cuda"}
+        rivals = [*e2e.RIVALS] if i == 0 else ["diffusers"]
+        result = e2e.compare(server, params, rivals, rounds=1 if defaults.num_frames > 1 else 3)
         e2e.show(result)
         short = name.rpartition("/")[2]
         e2e.write_json(out / f"end_to_end-{short}.json", result)
@@ -93,15 +97,26 @@ def end_to_end(out: Path) -> bool:
     return True
 
 
-def _is_clip(name: str) -> bool:
-    return launches.find(name)[1].defaults.num_frames > 1
-
-
-def _smallest_clip() -> str:
-    """Of those that need no picture: a denoiser's output has as many channels as its input."""
-    configs = {name: launches.find(name)[1].components["transformer"] for name in presets() if _is_clip(name)}
-    alone = {name: c for name, c in configs.items() if c["in_channels"] == c["out_channels"]}
-    return min(alone, key=lambda name: alone[name]["num_layers"] * alone[name]["num_attention_heads"])
+def compared() -> list[str]:
+    """Of every pipeline class, the preset with the fewest weights that draws from a prompt alone, if this GPU holds it
+    twice: ours and diffusers'.
+    """
+    room = torch.cuda.get_device_properties(0).total_memory * WEIGHTS_SHARE
+    smallest: dict[str, tuple[int, str]] = {}
+    for name in presets():
+        resolved = resolve(ServerArgs(model_path=name, load_format="dummy", device="cuda"))
+        blueprint = resolved.blueprint
+        assert blueprint is not None, "presets are of native families"
+        parts, defaults = blueprint.shape_only_parts(lambda key: attention), blueprint.defaults
+        size, family = Size(defaults.height, defaults.width, defaults.num_frames), blueprint.family_of(parts)
+        if fewest_pictures(family, size, Guidance(None), defaults.max_sequence_length) == 0:
+            weights = sum(p.nbytes for key in blueprint.plan.dtypes for p in parts[key].parameters())
+            known = smallest.setdefault(resolved.pipeline_class, (weights, name))
+            smallest[resolved.pipeline_class] = min(known, (weights, name))
+    for weights, name in smallest.values():
+        if 2 * weights > room:
+            print(f"{name}: not compared, two times {weights / 2**30:.0f} GiB of weights do not fit")
+    return [name for weights, name in smallest.values() if 2 * weights <= room]
 
 
 PARTS: dict[str, Callable[[Path], bool]] = {
