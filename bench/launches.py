@@ -28,7 +28,7 @@ from triton.runtime.jit import KernelInterface
 from sgl_diffusion.bench.absent import GPUS, absent
 from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.kernels.launch import Impl
-from sgl_diffusion.models.catalog import DENOISERS, FAMILIES
+from sgl_diffusion.models.catalog import FAMILIES
 from sgl_diffusion.models.family import SETTINGS, Family, Guidance, Predictor, Preset, Size
 from sgl_diffusion.runtime.accounting import FREE
 from sgl_diffusion.runtime.args import nearest
@@ -137,7 +137,7 @@ def spellings(hub_id: str) -> tuple[str, ...]:
 def find(model: str) -> tuple[type[Family], Preset]:
     """A preset by its hub id, or by its name in small letters, with or without the dots of its version."""
     known = {}
-    for path in {**FAMILIES, **DENOISERS}.values():
+    for path in FAMILIES.values():
         module, _, name = path.partition(":")
         family: type[Family] = getattr(importlib.import_module(module), name)
         for hub_id, preset in family.presets().items():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.activation import activation_reference
-from sgl_diffusion.kernels.gemm_forms import fit_descriptors, launch_pointer, launch_tma
+from sgl_diffusion.kernels.gemm_forms import TMA_ALIGNMENT, fit_descriptors, launch_pointer, launch_tma
 from sgl_diffusion.kernels.op import TOLERANCE, Inputs, Op, inside, noise, poisoned
 
 # M rows  N output columns  K input columns  G groups of consecutive rows that share a gate
@@ -64,14 +64,18 @@ def gemm(
             gelu=int(gelu_from is not None), gated=int(residual is not None),
         )  # fmt: skip
         form = tile.pop("form")
-    if form == "tma" and not fit_descriptors(x_MK, weight_NK, residual, out, tail):
+    columns = N if tail is None else N - tail.shape[-1]
+    if form == "tma" and not (
+        fit_descriptors(x_MK, weight_NK, residual, out, tail)
+        and (out is not None or columns * x_MK.element_size() % TMA_ALIGNMENT == 0)
+    ):
         form = "blas"
     if form == "blas":
         return gemm_reference(
             x_MK, weight_NK, bias_N, gelu_from=gelu_from, tail=tail, gate=gate, residual=residual, out=out
         )
     if out is None:
-        out = x_MK.new_empty(*x_MK.shape[:-1], N if tail is None else N - tail.shape[-1])
+        out = x_MK.new_empty(*x_MK.shape[:-1], columns)
     launch_form = {"pointer": launch_pointer, "tma": launch_tma}[form]
     with launch.on_device(x_MK):
         launch_form(x_MK, weight_NK, bias_N, gelu_from, tail, gate, residual, out, tile)

@@ -115,7 +115,9 @@ def _inputs(device: str, dtype: torch.dtype, M: int, K: int, N: int) -> Inputs:
 
 
 def _bytes(i: Inputs) -> int:
-    return int(i["weight_NK"].nbytes + i["bias_N"].nbytes * (1 + len(i["e_MK"])))
+    weight_NK, bias_N = i["weight_NK"], i.get("bias_N")
+    written = len(i["e_MK"]) * weight_NK.shape[0] * weight_NK.element_size()
+    return int(weight_NK.nbytes + (0 if bias_N is None else bias_N.nbytes) + written)
 
 
 OP = Op(

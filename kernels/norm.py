@@ -151,11 +151,13 @@ def launch_norm(
         row_scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     gate, scale, shift = (vectors.get(name) for name in ("gate", "scale", "shift"))
     groups = groups_of({name: v for name, v in vectors.items() if v is not None})
+    # one group of all samples is the same vectors for each: as many rows as a sample has, whatever the batch
+    rows_per_group = L if groups == 1 else B * L // groups
     with launch.on_device(x):
         _norm_kernel[(L, B)](
             x, *_strides(x), branch, *_strides(branch), total, *_strides(total),
             gate, _row_stride(gate), *(weights.get(name) for name in ("sandwich", "weight", "bias")),
-            scale, _row_stride(scale), shift, _row_stride(shift), group, B * L // groups, y, row_scale,
+            scale, _row_stride(scale), shift, _row_stride(shift), group, rows_per_group, y, row_scale,
             L, D, eps,
             KIND=kind, TANH_GATE=tanh_gate, LARGEST=LARGEST[quantize] if quantize else 0.0, INTEGER=quantize == "int8",
             SATURATE=x.dtype == torch.float16, BLOCK_D=triton.next_power_of_2(D), enable_fp_fusion=True,
@@ -175,7 +177,7 @@ def groups_of(vectors: dict[str, Tensor]) -> int:
 
 
 def _row_stride(vectors_GD: Tensor | None) -> int:
-    return 0 if vectors_GD is None else vectors_GD.stride(0)
+    return 0 if vectors_GD is None or len(vectors_GD) == 1 else vectors_GD.stride(0)
 
 
 def check(

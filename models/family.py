@@ -162,8 +162,8 @@ class Family(Protocol):
 
     @classmethod
     def components(cls) -> Mapping[str, str]:
-        """Component key -> kind: `denoiser`, `vae`, `text_encoder`, `image_encoder`, `tokenizer`, `image_processor` or
-        `scheduler`."""
+        """Component key -> kind: `denoiser`, `vae`, `text_encoder`, `image_encoder`, `tokenizer`, `image_processor` (of
+        transformers), `processor` (the family's own) or `scheduler`."""
 
     @classmethod
     def optional(cls) -> frozenset[str]:
@@ -181,7 +181,8 @@ class Family(Protocol):
         attention: AttentionFn,
         options: Mapping[str, Any],
     ) -> nn.Module:
-        """The native module of a `denoiser` or `vae`, without weights (call it under a meta device)."""
+        """The native module of a `denoiser` or `vae`, without weights (call it under a meta device), or of a
+        `processor`, which has none."""
 
     @classmethod
     def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -198,7 +199,8 @@ class Family(Protocol):
         """Raises ValueError for a request this checkpoint cannot honour, naming the field; `pictures` are given."""
 
     def fitting_size(self, pictures: Sequence[Image], defaults: Defaults) -> tuple[int, int]:
-        """Height and width of a result from these pictures, where nobody said."""
+        """Height and width of a result from these pictures, where nobody said. Raises ValueError for pictures that
+        cannot be taken."""
 
     def encode(
         self, prompt: str, max_sequence_length: int, pictures: Sequence[Image] = (), execute: Execute = eager
@@ -214,6 +216,9 @@ class Family(Protocol):
 
     def image_tokens(self, size: Size) -> int:
         """Length of the sequence that is drawn, which dynamic timestep shifting depends on."""
+
+    def noise_levels(self, steps: int) -> Sequence[float] | None:
+        """Where the steps begin, from 1 down, before any shift; None for what the scheduler makes of their number."""
 
     def dynamic_shift(self, size: Size, steps: int) -> float | None:
         """The logarithm (mu) of how much noise levels are shifted; None for the scheduler's own line through

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sgl_diffusion.kernels.embedding import patchify, timestep_embedding, unpatchify
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
-from sgl_diffusion.models.autoencoders.kl import AutoencoderKL, Decode, VaeConfig
+from sgl_diffusion.models.autoencoders.catalog import build_autoencoder
+from sgl_diffusion.models.autoencoders.kl import Decode
 from sgl_diffusion.models.config import demand, read_config
 from sgl_diffusion.models.family import (
     AttentionFn,
@@ -230,7 +231,7 @@ class Flux1:
     def __init__(self, parts: Mapping[str, Any]) -> None:
         self.parts = parts
         self.transformer: FluxTransformer = parts["transformer"]
-        self.vae: AutoencoderKL = parts["vae"]
+        self.vae: Any = parts["vae"]
         self.patch = 2 * self.vae.config.downsampling  # pixels a token covers per side
 
     @classmethod
@@ -263,7 +264,7 @@ class Flux1:
     ) -> nn.Module:
         if component == "transformer":
             return FluxTransformer(read_config(FluxConfig, config), attention)
-        return AutoencoderKL(VaeConfig.read(config), attention, **options)
+        return build_autoencoder(config, attention, options, {"AutoencoderKL": None, "AutoencoderTiny": 16})
 
     @classmethod
     def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -337,6 +338,9 @@ class Flux1:
     def image_tokens(self, size: Size) -> int:
         return (size.height // self.patch) * (size.width // self.patch)
 
+    def noise_levels(self, steps: int) -> Sequence[float] | None:
+        return None
+
     def dynamic_shift(self, size: Size, steps: int) -> float | None:
         return None
 
@@ -381,7 +385,7 @@ class Flux1:
         z = unpatchify(x, (size.height // self.patch, size.width // self.patch), (2, 2))
         config = self.vae.config
         z = z / config.scaling_factor + (config.shift_factor or 0.0)
-        z = z.to(self.vae.decoder.conv_in.weight.dtype)
+        z = z.to(self.vae.dtype)
         yield execute(Decode(self.vae, self.vae.tiling, self.vae.slicing), z)[0]
 
 

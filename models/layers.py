@@ -58,18 +58,19 @@ class Residual:
             return self.x
         return gate_residual(self.x, self.branch, self.gate, group=group, out=self.x)
 
-    def after(self, token: int) -> Residual:
-        """The tokens of every sample (B, L, D) from there on."""
-        return Residual(self.x[:, token:], None if self.branch is None else self.branch[:, token:], self.gate)
+    def after(self, token: int, count: int | None = None) -> Residual:
+        """The tokens of every sample (B, L, D) from there on, or so many of them."""
+        kept = slice(token, None if count is None else token + count)
+        return Residual(self.x[:, kept], None if self.branch is None else self.branch[:, kept], self.gate)
 
 
 class TimestepEmbedding(nn.Module):
     """Two linear layers with a SiLU between them (`TimestepEmbedding` of diffusers)."""
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, *, bias: bool = True) -> None:
         super().__init__()
-        self.linear_1 = nn.Linear(channels, width)
-        self.linear_2 = nn.Linear(width, width)
+        self.linear_1 = nn.Linear(channels, width, bias)
+        self.linear_2 = nn.Linear(width, width, bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear_2(F.silu(self.linear_1(x)))
@@ -97,7 +98,7 @@ class Modulations(nn.Module):
         layers: how many vectors of the model's width each layer gives, by its name in the checkpoint.
     """
 
-    def __init__(self, width: int, layers: Mapping[str, int]) -> None:
+    def __init__(self, width: int, layers: Mapping[str, int], *, bias: bool = True) -> None:
         super().__init__()
         cut: list[dict[str, int]] = [{}]
         for name, vectors in layers.items():
@@ -106,7 +107,7 @@ class Modulations(nn.Module):
             cut[-1][name] = vectors
         self.width, self.layers = width, cut
         self.sizes = [sum(parts.values()) * width for parts in cut]
-        self.slices = nn.ModuleList(ModulationSlice(width, size) for size in self.sizes)
+        self.slices = nn.ModuleList(ModulationSlice(width, size, bias) for size in self.sizes)
 
     def packed_as(self, name: str) -> dict[str, dict[str, int]]:
         """What the module that holds this one by that name declares as packed."""
@@ -174,12 +175,12 @@ class Rows:
         """(B, L, D), text first in every sample; a view where there is one sample."""
         return x_RD[None] if self.batch == 1 else torch.cat(self.split(x_RD), dim=1)
 
-    def image_of(self, stream: Residual) -> Residual:
-        """The image tokens (B, I, D) of a stream whose samples share their vectors."""
-        _, x = self.split(stream.x)
+    def image_of(self, stream: Residual, tokens: int) -> Residual:
+        """The first image tokens (B, tokens, D) of a stream whose samples share their vectors."""
+        x = self.split(stream.x)[1][:, :tokens]
         if stream.branch is None or stream.gate is None:
             return Residual(x)
-        return Residual(x, self.split(stream.branch)[1], stream.gate[1:])
+        return Residual(x, self.split(stream.branch)[1][:, :tokens], stream.gate[1:2])
 
     def apply(self, to_text: Callable[..., Tensor], to_image: Callable[..., Tensor], x_RD: Tensor) -> Tensor:
         """A layer for each stream, (..., D) -> (..., D), which write their rows of one result in place."""
@@ -206,15 +207,15 @@ class JointAttention(nn.Module):
         "add_qkv_proj": {"add_q_proj": 1, "add_k_proj": 1, "add_v_proj": 1},
     }
 
-    def __init__(self, width: int, head_dim: int, attention: AttentionFn) -> None:
+    def __init__(self, width: int, head_dim: int, attention: AttentionFn, *, bias: bool = True) -> None:
         super().__init__()
         D, K = width, head_dim
         self.head_shape, self.attention = (D // K, K), attention
-        self.to_qkv, self.add_qkv_proj = Linear(D, 3 * D), Linear(D, 3 * D)
+        self.to_qkv, self.add_qkv_proj = Linear(D, 3 * D, bias), Linear(D, 3 * D, bias)
         self.norm_q, self.norm_k = RMSNormWeight(K), RMSNormWeight(K)
         self.norm_added_q, self.norm_added_k = RMSNormWeight(K), RMSNormWeight(K)
-        self.to_out = nn.ModuleList([Linear(D, D)])
-        self.to_add_out = Linear(D, D)
+        self.to_out = nn.ModuleList([Linear(D, D, bias)])
+        self.to_add_out = Linear(D, D, bias)
 
     def forward(self, x_RD: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
         mixed_BLD, y_RD = self.mix(*rows.split(x_RD), rotary), torch.empty_like(x_RD)

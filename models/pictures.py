@@ -24,11 +24,13 @@ def fit(picture: Image.Image, height: int, width: int) -> Tensor:
     return 2.0 * torch.from_numpy(unit_HWC).permute(2, 0, 1)[None].contiguous() - 1.0
 
 
-def area_size(picture: Image.Image, max_area: int, multiple: int) -> tuple[int, int]:
-    """Height and width of about `max_area` pixels, each a multiple, in the proportions of a picture.
+def area_size(picture: Image.Image, area: int, multiple: int) -> tuple[int, int]:
+    """Height and width of about `area` pixels, the nearest multiples in the proportions of a picture.
 
-    The rule of the published image-to-video examples. Each side is at least one multiple.
+    The rule of the published editing pipelines (`calculate_dimensions` of diffusers). Each side is at least one
+    multiple.
     """
-    aspect = picture.height / picture.width
-    height, width = round(math.sqrt(max_area * aspect)), round(math.sqrt(max_area / aspect))
-    return max(height // multiple, 1) * multiple, max(width // multiple, 1) * multiple
+    aspect = picture.width / picture.height
+    width = math.sqrt(area * aspect)
+    height = width / aspect
+    return max(round(height / multiple), 1) * multiple, max(round(width / multiple), 1) * multiple

@@ -68,13 +68,15 @@ class LayerStates:
 
     def __call__(self, ids_BT: Tensor, mask_BT: Tensor | None = None) -> tuple[Tensor]:
         """(B, T, layers * C). `mask_BT` is 1 for tokens and 0 for padding, which nothing sees."""
-        added = None
-        if mask_BT is not None:  # spelled out, as in `MaskedHidden`
-            T, dtype = ids_BT.shape[1], self.language_model.dtype
-            seen = mask_BT[:, None, None].bool().expand(-1, 1, T, T).tril()
-            added = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+        # spelled out, as in `MaskedHidden`: without a mask, transformers looks for several texts in one
+        mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+        T, dtype = ids_BT.shape[1], self.language_model.dtype
+        seen = mask_BT[:, None, None].bool().expand(-1, 1, T, T).tril()
+        # padding before the prompt sees nothing at all: of that, PyTorch's attention makes zeros, eager a mean
+        if self.language_model.config._attn_implementation != "sdpa":
+            seen = torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
         states = self.language_model(
-            input_ids=ids_BT, attention_mask=added, use_cache=False, output_hidden_states=True
+            input_ids=ids_BT, attention_mask=seen, use_cache=False, output_hidden_states=True
         ).hidden_states
         return (torch.cat([states[layer] for layer in self.layers], dim=-1),)
 
@@ -126,6 +128,26 @@ def umt5_hidden(tokenizer: Any, encoder: Any, prompt: str, length: int, execute:
     )  # fmt: skip
     ids, mask = batch.input_ids.to(encoder.device), batch.attention_mask.to(encoder.device)
     return execute(MaskedHidden(encoder), ids, mask)[0]
+
+
+def chat_ids(tokenizer: Any, prompt: str, length: int, **template: Any) -> Tensor:
+    """Token ids (1, T) of a prompt as a user's message, up to where the answer would begin.
+
+    Args:
+        template: what else the tokenizer's chat template asks for.
+    Raises:
+        PromptTooLong: the message has more than `length` tokens, those of the template counted.
+    """
+    messages = [{"role": "user", "content": prompt}]
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **template)
+    ids: Tensor = tokenizer([text], return_tensors="pt").input_ids
+    if (over := ids.shape[1] - length) > 0:
+        lost = tokenizer.decode(tokenizer(prompt).input_ids[-over:])
+        raise PromptTooLong(
+            f"max_sequence_length={length}: the prompt has {ids.shape[1]} tokens with its template; "
+            f"this would be lost: {lost!r}"
+        )
+    return ids
 
 
 def language_states(
@@ -183,7 +205,9 @@ class HashTokenizer:
 
     def __call__(self, text: str | Sequence[str], **options: Any) -> Any:
         if isinstance(text, str):
-            return _Batch([self._word(w) for w in self.tokenize(text)])
+            if options.get("return_tensors") is None:
+                return _Batch([self._word(w) for w in self.tokenize(text)])
+            text = [text]
         words = [[self._word(w) for w in self.tokenize(t)] for t in text]
         length = options.get("max_length") or max(map(len, words))
         lengths = torch.tensor([min(len(row), length) for row in words])
@@ -194,9 +218,14 @@ class HashTokenizer:
         """Words, and every other character but spaces."""
         return re.findall(r"\w+|[^\w\s]", text)
 
-    def apply_chat_template(self, messages: Sequence[Mapping[str, str]], **options: Any) -> str:
-        """The text of a conversation, with as many tokens around each message as chat templates commonly have."""
-        return "".join(f"<|{m['role']}|> {m['content']} <|end|>" for m in messages)
+    def apply_chat_template(self, messages: Sequence[Any], *, tokenize: bool = False, **options: Any) -> Any:
+        """The text of a conversation, with as many tokens around each message as chat templates commonly have; or the
+        tokens of several conversations."""
+        if tokenize:
+            return self([self.apply_chat_template(each) for each in messages], **options)
+        contents = [m["content"] if isinstance(m["content"], str) else m["content"][0]["text"] for m in messages]
+        said = zip(messages, contents, strict=True)
+        return "".join(f"<|{m['role']}|> {content} <|end|>" for m, content in said)
 
     def _word(self, word: str) -> int:
         return 3 + sum(ord(c) * 31**i for i, c in enumerate(word)) % (self.vocabulary - 4)
@@ -212,3 +241,9 @@ class HashTokenizer:
 class _Batch:
     input_ids: Any
     attention_mask: Any = None
+
+    def to(self, device: torch.device) -> _Batch:
+        return _Batch(self.input_ids.to(device), self.attention_mask.to(device))
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)

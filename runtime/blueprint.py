@@ -42,7 +42,7 @@ class Blueprint:
         return kinds_of(self.family, self.configs)
 
     def module(self, key: str, attention: AttentionFn) -> nn.Module:
-        """The native module of a denoiser or VAE, of shapes alone ("meta") and in fp32.
+        """The native module of a component, of shapes alone ("meta") and in fp32.
 
         Raises:
             ConfigError: a config that is not understood, naming the component.
@@ -54,10 +54,14 @@ class Blueprint:
         except ConfigError as e:
             raise ConfigError(f"{key}: {e}") from e
 
+    def processor(self, key: str) -> nn.Module:
+        """A processor of the family's own. Raises as `module`."""
+        return self.module(key, attention)
+
     def check(self) -> None:
         """Raises ConfigError if a component's config is not understood."""
         for key, kind in self.kinds.items():
-            if kind in ("denoiser", "vae"):
+            if kind in ("denoiser", "vae", "processor"):
                 self.module(key, attention)
         self.sampler()
 
@@ -86,6 +90,8 @@ class Blueprint:
                 parts[key] = encoder.eval()
             elif kind == "image_processor":
                 parts[key] = read_processor(key, self.configs[key])
+            elif kind == "processor":
+                parts[key] = self.processor(key)
         return parts
 
 

@@ -18,9 +18,9 @@ HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 CONFIG_NAMES = (
     "config.json",
     "scheduler_config.json",
-    "tokenizer_config.json",
-    "preprocessor_config.json",
+    "preprocessor_config.json",  # before that of a tokenizer, which a processor's folder holds as well
     "processor_config.json",
+    "tokenizer_config.json",
 )
 # *.bin only if asked for, and *.ckpt never: pickles run code
 HUB_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.py"]

@@ -66,7 +66,7 @@ class MemoryPlanner:
     @cached_property
     def weights(self) -> dict[str, Weights]:
         """Of every component that has any, by where the plan keeps them."""
-        modules = {key: part for key, part in self.rehearsal.parts.items() if isinstance(part, nn.Module)}
+        modules = {key: part for key, part in self.rehearsal.parts.items() if key in self.plan.offload}
         return {key: self._weights(key, module) for key, module in modules.items()}
 
     def _weights(self, key: str, module: nn.Module) -> Weights:

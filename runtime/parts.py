@@ -68,7 +68,9 @@ def load_parts(blueprint: Blueprint, folders: Mapping[str, Path] | None, args: S
             loaded.parts[key] = loader.tokenizer(key)
         elif kind == "image_processor":
             loaded.parts[key] = read_processor(key, blueprint.configs[key])
-        if isinstance(loaded.parts.get(key), nn.Module):
+        elif kind == "processor":
+            loaded.parts[key] = blueprint.processor(key)
+        if key in plan.dtypes:  # it has weights
             weights: Literal["read", "mapped", "dummy"] = "mapped" if found else "read"
             wall_ms = (time.perf_counter() - started) * 1000
             weights = "dummy" if folders is None else weights

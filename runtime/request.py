@@ -117,7 +117,10 @@ def settle(request: Request, defaults: Defaults, family: Family, sampler: Sample
         raise UserError(f"fps={given['fps']}: this model draws pictures")
     pictures = tuple(read_pictures(given.get("image_path", ())))
     if pictures:
-        height, width = family.fitting_size(pictures, defaults)
+        try:
+            height, width = family.fitting_size(pictures, defaults)
+        except ValueError as e:
+            raise UserError(str(e)) from e
         defaults = replace(defaults, height=height, width=width)
     chosen = overridden(defaults, given)
     if family.classifier_free:
@@ -138,7 +141,8 @@ def settle(request: Request, defaults: Defaults, family: Family, sampler: Sample
 
 def schedule_of(family: Family, sampler: Sampler, size: Size, steps: int) -> Schedule:
     """Raises ValueError for a number of steps that cannot be taken."""
-    return sampler.schedule(steps, family.image_tokens(size), family.dynamic_shift(size, steps))
+    shift, levels = family.dynamic_shift(size, steps), family.noise_levels(steps)
+    return sampler.schedule(steps, family.image_tokens(size), shift, levels)
 
 
 def guided_by_default(family: Family, defaults: Defaults) -> bool:

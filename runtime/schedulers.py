@@ -56,13 +56,16 @@ class Schedule:
 class Sampler(Protocol):
     """A way to integrate, as a checkpoint asks for it."""
 
-    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
+    def schedule(
+        self, steps: int, image_tokens: int, mu: float | None = None, levels: Sequence[float] | None = None
+    ) -> Schedule:
         """The noise levels of a picture of so many tokens.
 
         Args:
             mu: the logarithm of a dynamic shift; None for what the config makes of `image_tokens`.
+            levels: where the steps begin, before any shift; None for evenly apart, or as the sampler has them.
         Raises:
-            ValueError: for a number of steps it cannot take.
+            ValueError: for a number of steps, or for levels, that it cannot take.
         """
 
     def with_shift(self, shift: float) -> Sampler:
@@ -79,6 +82,11 @@ def read_scheduler(raw: Mapping[str, Any]) -> Sampler:
     if not isinstance(name, str) or name not in READERS:
         raise ConfigError(f"scheduler {name!r} is not supported natively; supported: {', '.join(READERS)}")
     return READERS[name](raw)
+
+
+def _refuse(levels: Sequence[float] | None) -> None:
+    if levels is not None:
+        raise ValueError("scheduler: this model's noise levels are for FlowMatchEulerDiscreteScheduler alone")
 
 
 def shifted(sigma: NDArray[Any], shift: float) -> NDArray[Any]:
@@ -134,9 +142,11 @@ class FlowMatchEuler:
         _one_of(config, time_shift_type=("exponential", "linear"))
         return config
 
-    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
+    def schedule(
+        self, steps: int, image_tokens: int, mu: float | None = None, levels: Sequence[float] | None = None
+    ) -> Schedule:
         """Raises ValueError as `sigmas`."""
-        sigmas = self.sigmas(steps, image_tokens, mu)
+        sigmas = self.sigmas(steps, image_tokens, mu, levels)
         timesteps = np.array(sigmas[:-1], np.float32) * np.float32(TRAIN_TIMESTEPS)
         return Schedule(tuple(timesteps.tolist()), tuple(sigmas))
 
@@ -145,13 +155,16 @@ class FlowMatchEuler:
             raise ValueError(f"flow_shift={shift}: no effect, this checkpoint shifts by the size of the picture")
         return replace(self, shift=shift)
 
-    def sigmas(self, steps: int, image_tokens: int, mu: float | None = None) -> list[float]:
+    def sigmas(
+        self, steps: int, image_tokens: int, mu: float | None = None, levels: Sequence[float] | None = None
+    ) -> list[float]:
         """`steps` + 1 sigmas, the last one 0. Every value is an exact float32, computed as diffusers does.
 
         Raises:
             ValueError: one step with a terminal shift, which divides by zero.
         """
-        sigma: NDArray[Any] = np.linspace(1.0, 1 / steps, steps).astype(np.float32)
+        even = np.linspace(1.0, 1 / steps, steps) if levels is None else np.array(levels)
+        sigma: NDArray[Any] = even.astype(np.float32)
         if self.use_dynamic_shifting:
             mu = self._mu(image_tokens) if mu is None else mu
             factor = math.exp(mu) if self.time_shift_type == "exponential" else mu
@@ -235,8 +248,11 @@ class UniPC:
     def with_shift(self, shift: float) -> UniPC:
         return replace(self, flow_shift=shift)
 
-    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
+    def schedule(
+        self, steps: int, image_tokens: int, mu: float | None = None, levels: Sequence[float] | None = None
+    ) -> Schedule:
         """Raises ValueError if noise levels coincide."""
+        _refuse(levels)
         sigma = shifted(np.linspace(1, 1 / TRAIN_TIMESTEPS, steps + 1)[:-1], self.flow_shift)
         if abs(sigma[0] - 1) < 1e-6:
             sigma[0] -= 1e-6  # at sigma 1, lambda is infinite
@@ -335,8 +351,11 @@ class DPMSolver:
     def with_shift(self, shift: float) -> DPMSolver:
         return replace(self, flow_shift=shift)
 
-    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
+    def schedule(
+        self, steps: int, image_tokens: int, mu: float | None = None, levels: Sequence[float] | None = None
+    ) -> Schedule:
         """Raises ValueError if noise levels coincide."""
+        _refuse(levels)
         sigma = shifted(1 - np.linspace(1, 1 / TRAIN_TIMESTEPS, steps + 1), self.flow_shift)[:0:-1].copy()
         kept = np.float32(1) - np.float32(self.beta_start)  # of the signal's power, after the first training step
         last = float(np.sqrt((1 - kept) / kept)) if self.final_sigmas_type == "sigma_min" else 0.0
@@ -414,8 +433,11 @@ class DMD:
     def with_shift(self, shift: float) -> DMD:
         return replace(self, shift=shift)
 
-    def schedule(self, steps: int, image_tokens: int, mu: float | None = None) -> Schedule:
+    def schedule(
+        self, steps: int, image_tokens: int, mu: float | None = None, levels: Sequence[float] | None = None
+    ) -> Schedule:
         """The first of the timesteps. Raises ValueError for more steps than there are."""
+        _refuse(levels)
         if steps > len(self.timesteps):
             told = ",".join(map(str, self.timesteps))
             raise ValueError(f"num_inference_steps={steps}: this model was distilled for {len(self.timesteps)}: {told}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline, replaced
@@ -96,6 +98,8 @@ def verify(args: ServerArgs, params: SamplingParams, tolerance: float | None = N
     ours["pixels"] = torch.cat(chunks, dim=2) if native.backend.draws_video else chunks[0]
     with Eavesdropper(judge.backend) as theirs:
         _drain(judge.backend.run(asked, Stopwatch(judge.device)))
+    if not native.backend.draws_video and theirs.seen["pixels"].ndim == 5:  # of an autoencoder for clips
+        theirs.seen["pixels"] = theirs.seen["pixels"][:, :, 0]
 
     dtype = next(native.backend.parts[k].parameters().__next__().dtype for k in native.backend.attention)
     bound = TOLERANCE[dtype] if tolerance is None else tolerance
@@ -144,6 +148,8 @@ class Eavesdropper:
     def __init__(self, backend: DiffusersPipeline) -> None:
         self.backend = backend
         self.seen: dict[str, Tensor] = {}
+        self.by_result: dict[str, list[Tensor]] = {}  # those of the negative branch may come last
+        self.grids: list[tuple[int, int]] = []  # rows and columns of given pictures' tokens, behind those of the state
         self.undo = ExitStack()
         self.timesteps: list[float] = []
 
@@ -176,11 +182,27 @@ class Eavesdropper:
         self.undo.close()
         seen = self.seen
         seen["timesteps"] = torch.tensor(self.timesteps)
-        C, given = seen["initial_latents"].shape[1], seen["hidden_states"]
+        B, C = seen["initial_latents"].shape[:2]
+        seen.update({name: pad_sequence(each[:B], batch_first=True) for name, each in self.by_result.items()})
+        if (given := seen.get("hidden_states")) is None:
+            return
         seen["latent_condition"] = given[:, C:] if given.shape[1] > C else given[:, :, :1]
+        if self.grids:
+            each = torch.split(given[:, C:], [rows * columns for rows, columns in self.grids], dim=1)
+            for i, (tokens, grid) in enumerate(zip(each, self.grids, strict=True)):
+                seen[f"latent_condition_{i}"] = tokens.reshape(B, *grid, -1)
+        if (places := seen.get("img_ids")) is not None and places.ndim == 3:  # of the state's tokens, then of theirs
+            seen["condition_ids"] = places[:, C:]
         if (pictures := seen.get("encoder_hidden_states_image")) is not None:  # several of a clip are a batch there
             seen["encoder_hidden_states_image"] = pictures.reshape(len(given), -1, pictures.shape[-1])
 
     def _denoiser_called(self, module: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-        if not self.timesteps and "timestep" not in self.seen:
-            self.seen.update({k: v.clone() for k, v in kwargs.items() if isinstance(v, Tensor)})
+        if self.timesteps or {"timestep", "t"} & self.seen.keys():
+            return
+        for name, value in inspect.signature(module.forward).bind(*args, **kwargs).arguments.items():
+            if isinstance(value, Tensor):
+                self.seen[name] = value.clone()
+            elif name == "img_shapes":  # frames, rows and columns of every picture
+                self.grids = [shape[1:] for shape in value[0][1:]]
+            elif isinstance(value, list) and all(isinstance(each, Tensor) for each in value):
+                self.by_result[name] = [each.clone() for each in value]

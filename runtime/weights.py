@@ -19,6 +19,7 @@ from sgl_diffusion.runtime.reading import Loader, LoadTimes, Stored, stored_tens
 if TYPE_CHECKING:
     from sgl_diffusion.runtime.offload import DeviceStreams
 
+ONES = ("weight", "running_var")  # ends of names of dummies that are not zero, among vectors
 SHOWN = 6  # names of each kind listed in an error
 
 
@@ -149,7 +150,8 @@ def some(names: Sequence[str]) -> str:
 def fill_dummy(
     module: nn.Module, device: torch.device, dtype: torch.dtype, drawn_on: torch.device | None = None
 ) -> None:
-    """Seeded random weights at true shape: matrices keep the scale of activations, norm weights 1, biases 0.
+    """Seeded random weights at true shape: matrices keep the scale of activations, norm weights and variances are 1,
+    biases and means 0.
 
     A tensor depends on its name in the checkpoint alone, so that diffusers' module of a component gets the same ones,
     and on the kind of device it is drawn on: `drawn_on`, where that is not the one the weights stay on.
@@ -164,4 +166,7 @@ def fill_dummy(
             drawn = rows if drawn_on in (None, device) else torch.empty(rows.shape, dtype=rows.dtype, device=drawn_on)
             rows.copy_(drawn.normal_(0, rows[0].numel() ** -0.5, generator=generator))
         else:
-            rows.fill_(1.0 if name.endswith("weight") else 0.0)
+            rows.fill_(1.0 if name.endswith(ONES) else 0.0)
+    for name, statistic in module.named_buffers():  # of diffusers' batch norms; ours hold theirs as parameters
+        if name.endswith(("running_mean", "running_var")):
+            statistic.fill_(1.0 if name.endswith(ONES) else 0.0)

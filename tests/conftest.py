@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -13,16 +14,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """`tiny("sdxl")`: the folder of a tiny random checkpoint, built once a session by `build_<name>`."""
+    """`tiny("sdxl")`: the folder of a tiny random checkpoint, built once a session by `build_sdxl` of a `tiny_*.py`."""
     root = tmp_path_factory.mktemp("tiny")
 
     def folder(name: str) -> Path:
-        import tiny_checkpoints
-        import tiny_wan
-
-        path, module = root / name, tiny_wan if name.startswith("wan") else tiny_checkpoints
+        path = root / name
         if not path.exists():
-            getattr(module, f"build_{name}")(path)
+            modules = (import_module(file.stem) for file in sorted(Path(__file__).parent.glob("tiny_*.py")))
+            next(vars(module)[f"build_{name}"] for module in modules if f"build_{name}" in vars(module))(path)
         return path
 
     return folder

@@ -237,7 +237,9 @@ class Watch(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("model", ["flux1-dev", "flux1-schnell", "wan2.1-t2v-1.3b"])
+@pytest.mark.parametrize(
+    "model", ["flux1-dev", "flux1-schnell", "flux.2-dev", "wan2.1-t2v-1.3b", "qwen-image-edit-2511", "z-image"]
+)
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "cfg"])
 def test_a_step_waits_for_nothing_moves_nothing_and_makes_the_same_every_time(model: str, guided: bool) -> None:
     """At true size on shape-only tensors, which take the path of a GPU's."""
@@ -251,7 +253,7 @@ def test_a_step_waits_for_nothing_moves_nothing_and_makes_the_same_every_time(mo
         with counted("sm_90") as launches, Watch() as watch:
             step(x, *torch.empty(2, device="meta"), *branches)
         watches.append(watch)
-        assert launches.total() > 300
+        assert launches.total() > 250
     assert watches[0].seen and watches[0].seen == watches[1].seen
 
 

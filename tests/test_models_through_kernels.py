@@ -15,12 +15,13 @@ from torch import Tensor
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.kernels.op import rel_l2
-from sgl_diffusion.models.catalog import DENOISERS, FAMILIES
+from sgl_diffusion.models.catalog import FAMILIES
 from sgl_diffusion.models.family import Condition, Guidance, Size
 
 pytestmark = pytest.mark.usefixtures("repaired_interpreter", "poisoned_memory")
-ALL = {**FAMILIES, **DENOISERS}
-for same in ("WanImageToVideoPipeline", "WanDMDPipeline"):  # the denoisers of WanPipeline
+ALL = dict(FAMILIES)
+# denoisers of other pipelines
+for same in ("WanImageToVideoPipeline", "WanDMDPipeline", "QwenImageEditPipeline", "Flux2KleinPipeline"):
     ALL.pop(same)
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
@@ -35,6 +36,15 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "axes_dims_rope": [8, 12, 12],
         "guidance_embeds": True,
     },
+    "Flux2Pipeline": {
+        "in_channels": 16,
+        "num_layers": 1,
+        "num_single_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": [4, 8, 12, 8],
+    },
     "QwenImagePipeline": {
         "in_channels": 16,
         "out_channels": 4,
@@ -43,6 +53,16 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "num_attention_heads": 2,
         "joint_attention_dim": 24,
         "axes_dims_rope": [8, 12, 12],
+    },
+    "QwenImageEditPlusPipeline": {
+        "in_channels": 16,
+        "out_channels": 4,
+        "num_layers": 1,
+        "attention_head_dim": 32,
+        "num_attention_heads": 2,
+        "joint_attention_dim": 24,
+        "axes_dims_rope": [8, 12, 12],
+        "zero_cond_t": True,
     },
     "WanPipeline": {
         "in_channels": 16,
@@ -53,13 +73,33 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "freq_dim": 64,
         "ffn_dim": 96,
     },
+    "ZImagePipeline": {
+        "in_channels": 16,
+        "dim": 32,
+        "n_layers": 0,  # the refiners have the same blocks, with modulation and without
+        "n_refiner_layers": 1,
+        "n_heads": 1,
+        "n_kv_heads": 1,
+        "cap_feat_dim": 24,
+        "axes_dims": [8, 12, 12],
+    },
 }
 CONDITIONS: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "FluxPipeline": {"pooled_projections": (16,), "encoder_hidden_states": (5, 24)},
+    "Flux2Pipeline": {"encoder_hidden_states": (5, 24), "latent_condition": (4, 16), "condition_ids": (4, 4)},
     "QwenImagePipeline": {"encoder_hidden_states": (5, 24)},
+    "QwenImageEditPlusPipeline": {"encoder_hidden_states": (5, 24), "latent_condition_0": (2, 3, 16)},
     "WanPipeline": {"encoder_hidden_states": (5, 24)},
+    "ZImagePipeline": {"cap_feats": (5, 24)},
 }
-SIZES = {"FluxPipeline": Size(48, 32), "QwenImagePipeline": Size(48, 32), "WanPipeline": Size(48, 32, 5)}
+SIZES = {
+    "FluxPipeline": Size(48, 32),
+    "Flux2Pipeline": Size(48, 32),
+    "QwenImagePipeline": Size(48, 32),
+    "QwenImageEditPlusPipeline": Size(48, 32),
+    "WanPipeline": Size(48, 32, 5),
+    "ZImagePipeline": Size(48, 32),
+}
 BATCH = 2
 
 

@@ -59,7 +59,8 @@ JITFunction._do_compile = lambda self, key, *args: wanted.add((self.__name__, ke
 full = resolve(ServerArgs(model_path=MODEL, load_format="dummy", precision="bf16", device="cpu")).blueprint
 configs = {key: dict(config) for key, config in full.configs.items()}
 for key, config in configs.items():
-    of_one = {name: 1 for name in ("num_layers", "num_single_layers", "num_hidden_layers") if name in config}
+    counts = ("num_layers", "num_single_layers", "num_hidden_layers", "n_layers", "n_refiner_layers")
+    of_one = {name: 1 for name in counts if name in config}
     config.update(of_one if full.kinds.get(key) in ("denoiser", "text_encoder") else {})
 plan = replace(full.plan, attention={**full.plan.attention, "transformer": "triton"})
 blueprint, numbers = replace(full, configs=configs, plan=plan), random.Random(0)
@@ -68,21 +69,25 @@ with absent(GPUS[ARCH]):
     compiled = set(wanted)
     attend = lambda q, k, v, *, out=None: torch.empty_like(q) if out is None else out
     parts = blueprint.shape_only_parts(lambda key: attend)
+    with torch.device("meta"):
+        examples = blueprint.family.examples(configs)
     with compiling_only():
         for round in range(ROUNDS):
             frames = 9 if blueprint.family.draws_video else 1
             size = Size(*(16 * numbers.randrange(8, 129 // frames + 40) for _ in range(2)), frames)
-            launch_all(blueprint, parts, size, numbers.randrange(1, 5), guided=bool(numbers.randrange(2)))
+            conditions = [examples[round % len(examples)]] * numbers.randrange(1, 5)
+            launch_all(blueprint, parts, size, conditions, guided=bool(numbers.randrange(2)))
             parts["vae"].tiling = True
             decode(blueprint, parts, size, 1)
             if hasattr(parts["vae"], "encoder"):  # of given pictures
-                picture = torch.empty(1, 3, frames, size.height, size.width, device="meta", dtype=torch.bfloat16)
+                clip = (frames,) if blueprint.family.draws_video else ()
+                picture = torch.empty(1, 3, *clip, size.height, size.width, device="meta", dtype=torch.bfloat16)
                 for parts["vae"].tiling in (True, False):
                     parts["vae"].encode(picture)
             parts["vae"].tiling = False
             assert wanted == compiled, f"{size} needs more: {[name for name, _ in wanted - compiled]}"
         wide = {key: part.float() for key, part in parts.items() if hasattr(part, "float")}
-        launch_all(blueprint, {**parts, **wide}, size, 1, guided=False)
+        launch_all(blueprint, {**parts, **wide}, size, examples[:1], guided=False)
 print(len(compiled), len(wanted - compiled))
 """
 
@@ -93,6 +98,8 @@ print(len(compiled), len(wanted - compiled))
         ("sm_80", "black-forest-labs/FLUX.1-dev", 12),
         ("sm_90", "black-forest-labs/FLUX.1-dev", 12),
         ("sm_90", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", 3),
+        ("sm_90", "Tongyi-MAI/Z-Image-Turbo", 6),
+        ("sm_90", "black-forest-labs/FLUX.2-klein-4B", 6),
     ],
 )
 def test_whatever_size_is_asked_for_its_kernels_are_compiled(arch: str, model: str, rounds: int) -> None:
@@ -100,7 +107,7 @@ def test_whatever_size_is_asked_for_its_kernels_are_compiled(arch: str, model: s
     done = compiling("-c", script)
     assert done.returncode == 0, done.stderr
     compiled, more_in_fp32 = map(int, done.stdout.split())
-    assert compiled > 40
+    assert compiled > 30
     assert more_in_fp32 > 10, "kernels that are not compiled are seen"
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.models.config import ConfigError
 from sgl_diffusion.models.family import Condition, Guidance, Size
-from sgl_diffusion.models.qwen_image import QwenImage, QwenImageTransformer
+from sgl_diffusion.models.qwen_image import QwenImage
+from sgl_diffusion.models.qwen_image.transformer import QwenImageTransformer
 from sgl_diffusion.runtime.checkpoint import read_json
 from sgl_diffusion.runtime.weights import load_weights, slots, weight_files
 
@@ -32,6 +33,8 @@ SHAPES: Mapping[str, Mapping[str, Any]] = {
     "3x20": {"num_attention_heads": 3, "attention_head_dim": 20, "num_layers": 1, "axes_dims_rope": (8, 8, 4)},
     "1x128": {"num_attention_heads": 1, "attention_head_dim": 128, "num_layers": 3, "in_channels": 64},
 }
+CLEAN = {**SHAPES["2x32"], "zero_cond_t": True}  # given pictures have no noise at any timestep
+GRIDS = [(3, 2), (2, 5)]  # rows and columns of given pictures
 
 
 def native(folder: Path, dtype: torch.dtype = torch.float32) -> QwenImage:
@@ -48,12 +51,12 @@ def judge(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("denoisers")
-    for name, shape in SHAPES.items():
+    for name, shape in {**SHAPES, "clean": CLEAN}.items():
         channels = {"in_channels": 16, **shape}
         config = {"joint_attention_dim": TEXT_DIM, **channels, "out_channels": channels["in_channels"] // 4}
         model = diffusers.QwenImageTransformer2DModel(**config)
         randomise(model, "transformer").save_pretrained(root / name)
-    return {name: root / name for name in SHAPES}
+    return {name: root / name for name in (*SHAPES, "clean")}
 
 
 def text(batch: int) -> Condition:
@@ -65,33 +68,43 @@ def noise(family: QwenImage, size: Size, batch: int) -> Tensor:
     return family.noise(size, [torch.Generator().manual_seed(i) for i in range(batch)])
 
 
+def pictures(batch: int) -> Condition:
+    seeded = torch.Generator().manual_seed(2)
+    return Condition(
+        {f"latent_condition_{i}": torch.randn(batch, *g, 16, generator=seeded) for i, g in enumerate(GRIDS)}
+    )
+
+
 @torch.no_grad()
-def velocities(family: QwenImage, size: Size, batch: int) -> list[Tensor]:
+def velocities(family: QwenImage, size: Size, batch: int, given: Condition | None = None) -> list[Tensor]:
     """Of one and the same state at every step, so that only the timestep moves them."""
-    predict = family.predictor(text(batch), size, Guidance(None), TIMESTEPS)
+    predict = family.predictor(text(batch) | (given or Condition({})), size, Guidance(None), TIMESTEPS)
     return [predict(noise(family, size, batch), step) for step in range(len(TIMESTEPS))]
 
 
 @torch.no_grad()
-def expected(model: Any, x: Tensor, size: Size, batch: int) -> list[Tensor]:
+def expected(model: Any, x: Tensor, size: Size, batch: int, given: Condition | None = None) -> list[Tensor]:
     """Called as by diffusers' pipeline, which hands thousandths over in the model's dtype, divided by 1000."""
     dtype = model.proj_out.weight.dtype
     hidden = text(batch).tensors["encoder_hidden_states"].to(dtype)
-    shapes = [[(1, size.height // 16, size.width // 16)]] * batch
+    shapes = [(1, size.height // 16, size.width // 16)]
+    tokens = [x.to(dtype)]
+    if given is not None:
+        shapes += [(1, *grid) for grid in GRIDS]
+        tokens += [tensor.flatten(1, 2) for tensor in given.tensors.values()]
     return [
         model(
-            x.to(dtype),
+            torch.cat(tokens, dim=1),
             encoder_hidden_states=hidden,
             timestep=torch.tensor(t).expand(batch).to(dtype) / 1000,
-            img_shapes=shapes,
-        ).sample
+            img_shapes=[shapes] * batch,
+        ).sample[:, : x.shape[1]]
         for t in TIMESTEPS
     ]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(("size", "batch"), [("wide", 2), ("tall", 1), ("odd", 2), ("dot", 1)])
 def test_every_step_equals_diffusers(folders: dict[str, Path], shape: str, size: str, batch: int) -> None:
     family = native(folders[shape])
     ours = velocities(family, SIZES[size], batch)
@@ -100,6 +113,19 @@ def test_every_step_equals_diffusers(folders: dict[str, Path], shape: str, size:
         assert a.shape == b.shape
         assert (a - b).abs().max() <= 1e-4 * b.std()
     assert (theirs[0] - theirs[1]).abs().max() > 0.1 * theirs[0].std(), "the timestep has to matter"
+
+
+@pytest.mark.parametrize("shape", ["2x32", "clean"])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_given_pictures_are_further_tokens(folders: dict[str, Path], shape: str, batch: int) -> None:
+    """Nothing of them is drawn; the text begins behind the longest side of all."""
+    family, size, given = native(folders[shape]), SIZES["dot"], pictures(batch)
+    ours = velocities(family, size, batch, given)
+    theirs = expected(judge(folders[shape]), noise(family, size, batch), size, batch, given)
+    for a, b, alone in zip(ours, theirs, velocities(family, size, batch), strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 1e-4 * b.std()
+        assert (a - alone).abs().max() > 0.01 * b.std(), "the pictures have to matter"
 
 
 def test_samples_of_a_batch_do_not_mix(folders: dict[str, Path]) -> None:
@@ -186,7 +212,6 @@ def test_it_reads_every_tensor_of_the_checkpoint(folders: dict[str, Path]) -> No
         ("out_channels", 8),
         ("out_channels", None),
         ("guidance_embeds", True),
-        ("zero_cond_t", True),
         ("use_additional_t_cond", True),
         ("use_layer3d_rope", True),
         ("window_size", [-1, -1]),

@@ -8,13 +8,14 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
+from hub import publish
 from PIL import Image
 from server_process import ServerProcess, documented, run_documented, serving, wait_for
 
@@ -186,6 +187,31 @@ def test_edits_are_refused_by_a_model_that_looks_at_nothing(client: openai.OpenA
     with pytest.raises(openai.BadRequestError) as refused:
         client.images.edit(image=png(), prompt="Change the text to CUDA FOR LIFE", size="64x64")
     assert refused.value.param == "image" and "draws from text alone" in refused.value.message
+
+
+def test_an_edit_by_the_documents(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """By the published name of a tiny checkpoint: what the command line draws of the same picture."""
+    from sgl_diffusion import Engine, SamplingParams, ServerArgs
+
+    publish(tiny("qwen_edit"), "Qwen/Qwen-Image-Edit", tmp_path / "hub", FAST | {"max_sequence_length": 64})
+    asked: dict[str, Any] = {"prompt": "Change the text to CUDA FOR LIFE"}
+    flags = ("--model-path", "Qwen/Qwen-Image-Edit", "--request-timeout", "60")
+    with serving(tmp_path / "data", flags, {"HF_HUB_CACHE": str(tmp_path / "hub")}) as server:
+        client = openai.OpenAI(api_key="sglang-anything", base_url=server.api, max_retries=0)
+        answer = client.images.edit(
+            model="Qwen/Qwen-Image-Edit", image=png((48, 32)), size="64x96", response_format="b64_json", **asked
+        )
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.images.edit(image=[png(), png()], **asked)
+        assert refused.value.param == "image" and "2 given; this checkpoint edits 1" in refused.value.message
+    assert answer.data is not None
+    (tmp_path / "given.png").write_bytes(png((48, 32)))
+    params = SamplingParams(
+        **asked | FAST, image_path=[str(tmp_path / "given.png")], width=64, height=96, max_sequence_length=64,
+        output_path=str(tmp_path), output_file_name="0.png",
+    )  # fmt: skip
+    (path,) = Engine.load(ServerArgs(model_path=str(tiny("qwen_edit")), device="cpu")).run(params).paths
+    assert picture(answer.data[0].b64_json).tobytes() == Image.open(path).tobytes()
 
 
 def png(size: tuple[int, int] = (32, 32)) -> bytes:

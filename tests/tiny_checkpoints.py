@@ -161,7 +161,7 @@ def build_sd3(path: Path) -> Path:
 
 
 def build_ovis(path: Path) -> Path:
-    tokenizer = _byte_level_tokenizer()
+    tokenizer = byte_level_tokenizer()
     encoder = transformers.Qwen3Model(
         transformers.Qwen3Config(
             vocab_size=len(tokenizer) // 8 * 8 + 8,
@@ -174,8 +174,8 @@ def build_ovis(path: Path) -> Path:
         )  # fmt: skip
     )
     transformer = diffusers.OvisImageTransformer2DModel(
-        in_channels=64, out_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=32,
-        num_attention_heads=2, joint_attention_dim=T5_WIDTH, axes_dims_rope=(4, 14, 14),
+        in_channels=64, out_channels=64, num_layers=1, num_single_layers=1, attention_head_dim=16,
+        num_attention_heads=1, joint_attention_dim=T5_WIDTH, axes_dims_rope=(4, 6, 6),
     )  # fmt: skip
     diffusers.OvisImagePipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**FLUX_SCHEDULE),
@@ -187,7 +187,7 @@ def build_ovis(path: Path) -> Path:
     return path
 
 
-def _byte_level_tokenizer() -> Any:
+def byte_level_tokenizer() -> Any:
     """A Qwen2 tokenizer without merges: every byte is a token, and the turns of a chat are marked."""
     specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

@@ -64,6 +64,11 @@ class VaeConfig:
         """Pixels per latent and side."""
         return 2 ** (len(self.block_out_channels) - 1)
 
+    @property
+    def decoder_widths(self) -> tuple[int, ...]:
+        """Of the decoder's stages, in the order of the encoder's."""
+        return self.block_out_channels
+
 
 class GroupNorm(nn.Module):
     """Weights of a group norm, with the SiLU that follows it in the same kernel where there is one."""
@@ -113,9 +118,9 @@ class SpatialAttention(nn.Module):
 
 
 class MidBlock(nn.Module):
-    def __init__(self, config: VaeConfig, attention: AttentionFn) -> None:
+    def __init__(self, C: int, config: VaeConfig, attention: AttentionFn) -> None:
         super().__init__()
-        C, groups = config.block_out_channels[-1], config.norm_num_groups
+        groups = config.norm_num_groups
         self.resnets = nn.ModuleList(ResnetBlock(C, C, groups) for _ in range(2))
         with_attention = config.mid_block_add_attention
         self.attentions = nn.ModuleList([SpatialAttention(C, groups, attention)] if with_attention else [])
@@ -176,7 +181,7 @@ class Encoder(nn.Module):
             )
             for i, w in enumerate(widths)
         )
-        self.mid_block = MidBlock(config, attention)
+        self.mid_block = MidBlock(widths[-1], config, attention)
         self.conv_norm_out = GroupNorm(groups, widths[-1], silu=True)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
@@ -192,9 +197,9 @@ class Decoder(nn.Module):
 
     def __init__(self, config: VaeConfig, attention: AttentionFn) -> None:
         super().__init__()
-        widths, groups = config.block_out_channels[::-1], config.norm_num_groups
+        widths, groups = config.decoder_widths[::-1], config.norm_num_groups
         self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(config, attention)
+        self.mid_block = MidBlock(widths[0], config, attention)
         self.up_blocks = nn.ModuleList(
             Stage(
                 widths[max(i - 1, 0)],
@@ -220,7 +225,7 @@ class AutoencoderKL(nn.Module):
     """`AutoencoderKL`.
 
     Args:
-        tiling: decode in overlapping, blended tiles: memory stays that of one tile; seams are near, not exact. Exact
+        tiling: work in overlapping, blended tiles: memory stays that of one tile; seams are near, not exact. Exact
             ones are dear: a group norm averages over the whole picture, so that each of thirty would have to wait for
             all tiles, and to hold their activations or to compute anew what came before.
         slicing: decode one picture of a batch at a time.
@@ -255,13 +260,23 @@ class AutoencoderKL(nn.Module):
         """Prefixes of checkpoint names that this instance leaves out on purpose."""
         return () if hasattr(self, "encoder") else ("encoder.", "quant_conv.")
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.decoder.conv_in.weight.dtype
+
     def encode(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and log-variance of the latent (B, C, H/f, W/f) of pictures in [-1, 1]."""
-        moments = self.encoder(x_BCHW)
-        if self.config.use_quant_conv:
-            moments = self.quant_conv(moments)
+        """Mean and log-variance of the latent (B, C, H/f, W/f) of pictures in [-1, 1]; in tiles, as `decode`."""
+        rows, columns = self.tile
+        if self.tiling and (x_BCHW.shape[2] > rows or x_BCHW.shape[3] > columns):
+            moments = tiled(self._moments, x_BCHW, rows, columns)
+        else:
+            moments = self._moments(x_BCHW)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, log_variance.clamp(-30.0, 20.0)
+
+    def _moments(self, x: Tensor) -> Tensor:
+        moments: Tensor = self.encoder(x)
+        return self.quant_conv(moments) if self.config.use_quant_conv else moments
 
     def decode(self, z_BCHW: Tensor) -> Tensor:
         """Pictures (B, 3, H, W), about [-1, 1], from unscaled latents."""
@@ -286,7 +301,7 @@ class AutoencoderKL(nn.Module):
 class Decode:
     """A pure function of latents, equal for one autoencoder and way to decode: it can be captured."""
 
-    vae: AutoencoderKL
+    vae: Any  # an autoencoder of pictures
     tiling: bool
     slicing: bool
 

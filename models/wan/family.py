@@ -111,10 +111,13 @@ class Wan:
 
     @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
-        """Those of the first published checkpoint with the same denoisers."""
-        own = _denoisers(configs)
-        same = (preset.defaults for preset in PRESETS.values() if _denoisers(preset.components) == own)
-        return next(same, WAN21_480P)
+        """Those of the published checkpoint with the same denoisers; of several, of the one with the same scheduler: models
+        of larger clips shift their noise levels more.
+        """
+        own, shift = _denoisers(configs), configs.get("scheduler", {}).get("flow_shift")
+        same = [preset for preset in PRESETS.values() if _denoisers(preset.components) == own]
+        same.sort(key=lambda preset: preset.components["scheduler"]["flow_shift"] != shift)
+        return same[0].defaults if same else WAN21_480P
 
     @classmethod
     def examples(cls, configs: Mapping[str, Mapping[str, Any]]) -> Sequence[Condition]:
@@ -216,6 +219,9 @@ class Wan:
 
     def image_tokens(self, size: Size) -> int:
         return math.prod(_latent_shape(self.config, size)[1:]) // math.prod(PATCH)
+
+    def noise_levels(self, steps: int) -> Sequence[float] | None:
+        return None
 
     def dynamic_shift(self, size: Size, steps: int) -> float | None:
         return None
