@@ -111,8 +111,8 @@ class Wan:
 
     @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
-        """Those of the published checkpoint with the same denoisers; of several, of the one with the same scheduler: models
-        of larger clips shift their noise levels more.
+        """Those of the published checkpoint with the same denoisers; of several, of the one with the same scheduler:
+        models of larger clips shift their noise levels more.
         """
         own, shift = _denoisers(configs), configs.get("scheduler", {}).get("flow_shift")
         same = [preset for preset in PRESETS.values() if _denoisers(preset.components) == own]
