@@ -115,28 +115,29 @@ def settle(request: Request, defaults: Defaults, family: Family, sampler: Sample
     given = request.given
     if "fps" in given and not family.draws_video:
         raise UserError(f"fps={given['fps']}: this model draws pictures")
-    pictures = tuple(read_pictures(given.get("image_path", ())))
-    if pictures:
-        try:
-            height, width = family.fitting_size(pictures, defaults)
-        except ValueError as e:
-            raise UserError(str(e)) from e
-        defaults = replace(defaults, height=height, width=width)
-    chosen = overridden(defaults, given)
+    chosen, paths = overridden(defaults, given), given.get("image_path", ())
     if family.classifier_free:
         guidance, negative = _classifier_free(request, chosen, family.unguided_scale)
     else:
         guidance, negative = _embedded(request, chosen)
-    size = Size(chosen.height, chosen.width, chosen.num_frames)
     try:
-        family.check(size, guidance, chosen.max_sequence_length, len(pictures))
+        # before any picture is read: one is of no use to a model that takes none
+        family.check(_size(chosen), guidance, chosen.max_sequence_length, len(paths))
+        pictures = tuple(read_pictures(paths))
+        if pictures:
+            height, width = family.fitting_size(pictures, defaults)
+            chosen = overridden(replace(defaults, height=height, width=width), given)
         if (shift := given.get("flow_shift")) is not None:
             sampler = sampler.with_shift(shift)
-        schedule = schedule_of(family, sampler, size, chosen.num_inference_steps)
+        schedule = schedule_of(family, sampler, _size(chosen), chosen.num_inference_steps)
     except ValueError as e:
         raise UserError(str(e)) from e
     fps = (chosen.fps or DEFAULT_FPS) if family.draws_video else None
-    return Job(request, size, guidance, schedule, chosen.max_sequence_length, negative, pictures, fps)
+    return Job(request, _size(chosen), guidance, schedule, chosen.max_sequence_length, negative, pictures, fps)
+
+
+def _size(chosen: Defaults) -> Size:
+    return Size(chosen.height, chosen.width, chosen.num_frames)
 
 
 def schedule_of(family: Family, sampler: Sampler, size: Size, steps: int) -> Schedule:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from safetensors import safe_open
-from test_bench import bench
 from test_graphs import Watch
 from tiny_checkpoints import neutral
 from torch import Tensor
 
+from sgl_diffusion.bench.launches import count_native, find
 from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.models.config import ConfigError
 from sgl_diffusion.models.family import Condition, Guidance, Size
@@ -44,8 +43,8 @@ SIZES = ((96, 80), (70, 130), (64, 64))  # of the pictures, width first
 
 
 @pytest.fixture(scope="module", autouse=True)
-def engines() -> Iterator[None]:
-    """Every engine is loaded once: a checkpoint serves many requests here."""
+def load_anew() -> Iterator[Callable[[ServerArgs], Engine]]:
+    """Every engine is loaded once, as a checkpoint serves many requests here; but for those loaded by this fixture."""
     loaded: dict[str, Engine] = {}
     load = Engine.load
 
@@ -56,7 +55,7 @@ def engines() -> Iterator[None]:
         return loaded[key]
 
     with mock.patch.object(Engine, "load", once):
-        yield
+        yield load
 
 
 @pytest.fixture(scope="module")
@@ -163,8 +162,10 @@ def test_half_precision_follows_the_roundings_of_diffusers(tiny: Tiny, pictures:
 
 
 @pytest.mark.parametrize(("model", "count"), [("flux2", 2), ("flux2_klein_base", 0)])
-def test_predicted_memory_is_what_a_run_holds(tiny: Tiny, pictures: list[str], model: str, count: int) -> None:
-    report = Engine.load(served(tiny(model))).run(asked(measure_memory=True, image_path=pictures[:count])).report
+def test_predicted_memory_is_what_a_run_holds(
+    tiny: Tiny, pictures: list[str], load_anew: Callable[[ServerArgs], Engine], model: str, count: int
+) -> None:
+    report = load_anew(served(tiny(model))).run(asked(measure_memory=True, image_path=pictures[:count])).report
     assert report.memory is not None
     stages = {stage.name: stage for stage in report.memory.stages}
     assert ("picture_encoding" in stages) == bool(count)
@@ -358,14 +359,10 @@ def test_presets_say_what_their_defaults_are() -> None:
     assert {name for name, n in steps.items() if n == 50} == {name for name in steps if "base" in name}
 
 
-def test_a_step_takes_few_launches(tmp_path: Path) -> None:
-    """7 launches a single block, where diffusers takes 30."""
-    report = tmp_path / "launches.json"
-    code, out, err = bench("launches", "--model", "flux.2-klein-4b", "--json", str(report))
-    assert code == 0, out + err
-    counts = json.loads(report.read_text())
-    assert sum(counts["diffusers"].values()) == 1064
-    ours = counts["ours"]
-    assert sum(ours.values()) <= 195
+def test_a_step_takes_few_launches() -> None:
+    """7 a single block and 11 a double one, where diffusers takes 1,064 in all (`sglang bench launches`)."""
+    family, preset = find("flux.2-klein-4b")
+    ours = count_native(family, preset, Size(1024, 1024), "sm_90", "triton")
+    assert ours.total() <= 195
     assert ours["qk_norm_rope_kernel"] == 25
     assert not {"_to_copy", "add", "mul", "copy_"} & set(ours)
