@@ -114,11 +114,23 @@ Size = tuple[int, ...]
 """(frames, height, width), or (height, width) for one frame."""
 
 
-@triton.jit(do_not_specialize=["TOKENS", "GRID_H"])
+@triton.jit(do_not_specialize=["TOKENS", "GRID_T", "GRID_H", "GRID_W"])
 def _patches_kernel(
-    image_ptr, tokens_ptr, TOKENS, D, C, GRID_T, GRID_H, GRID_W,
-    PATCH_T: tl.constexpr, PATCH_H: tl.constexpr, PATCH_W: tl.constexpr,
-    CHANNEL_FASTEST: tl.constexpr, TO_IMAGE: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_D: tl.constexpr,
+    image_ptr,
+    tokens_ptr,
+    TOKENS,
+    D,
+    C,
+    GRID_T,
+    GRID_H,
+    GRID_W,
+    PATCH_T: tl.constexpr,
+    PATCH_H: tl.constexpr,
+    PATCH_W: tl.constexpr,
+    CHANNEL_FASTEST: tl.constexpr,
+    TO_IMAGE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     """Some values of some tokens, to or from the image, where a value is as far from its patch in every patch."""
     PLACES: tl.constexpr = PATCH_T * PATCH_H * PATCH_W
@@ -286,9 +298,7 @@ _PATCHES_CPU = ({"x": (1, 16, 256, 256), "patch": (2, 2)}, {"x": (1, 16, 21, 60,
 _PATCHES_NARROW = "a row of a patch is two values"
 
 
-def _patchify_inputs(
-    device: str, dtype: torch.dtype, x: Size, patch: Size, channel_fastest: bool = False
-) -> Inputs:
+def _patchify_inputs(device: str, dtype: torch.dtype, x: Size, patch: Size, channel_fastest: bool = False) -> Inputs:
     return {"x": noise(x, dtype, device), "patch": patch, "channel_fastest": channel_fastest}
 
 
@@ -308,9 +318,7 @@ PATCHIFY = Op(
 )
 
 
-def _unpatchify_inputs(
-    device: str, dtype: torch.dtype, x: Size, patch: Size, channel_fastest: bool = False
-) -> Inputs:
+def _unpatchify_inputs(device: str, dtype: torch.dtype, x: Size, patch: Size, channel_fastest: bool = False) -> Inputs:
     grid = tuple(n // p for n, p in zip(x[2:], patch, strict=True))
     tokens = noise((x[0], math.prod(grid), x[1] * math.prod(patch)), dtype, device)
     return {"x_BLD": tokens, "grid": grid, "patch": patch, "channel_fastest": channel_fastest}

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from sgl_diffusion.models.family import Condition, Execute, Family, Guidance, Predictor, Size, Tensors, eager
 
+TOGETHER = "together"
+
 
 class Neighbours:
     """Remembers at which shapes results that are computed together keep the bits they have alone.
@@ -45,7 +47,7 @@ class Neighbours:
         """`family.predictor` for a batch x, exact; a condition for every result."""
         settings = size, guidance, timesteps, denoiser
         if not _alike(conditions):
-            self.took["denoising"] = "one by one: prompts are not equally long"
+            self._note("denoising", "one by one: prompts are not equally long")
             return _apart(family, conditions, *settings)
 
         def together() -> Predictor:
@@ -81,8 +83,13 @@ class Neighbours:
         if key not in self._agree:
             whole, parts = together(), alone()
             self._agree[key] = whole.is_meta or torch.equal(whole, parts)  # shapes alone have no bits to differ
-        self.took[stage] = "together" if self._agree[key] else "one by one: together, bits differ"
+        self._note(stage, TOGETHER if self._agree[key] else "one by one: together, bits differ")
         return self._agree[key]
+
+    def _note(self, stage: str, how: str) -> None:
+        """Of several branches or denoisers, one that is not together is told."""
+        if self.took.get(stage, TOGETHER) == TOGETHER:
+            self.took[stage] = how
 
     def keep_apart(self, size: Size) -> bool:
         """Whether batches of this size were found to gain nothing: each result is computed by itself."""

@@ -173,9 +173,10 @@ def test_a_processor_may_be_saved_in_either_way() -> None:
             ProcessorConfig.read({**inner, **wrong})
 
 
-def test_a_picture_that_is_too_long_is_refused() -> None:
-    with pytest.raises(ValueError, match="image_path: a picture of 2010x10; at most 200 times as long as wide"):
-        Patches(ProcessorConfig())(Image.new("RGB", (2010, 10)))
+def test_a_picture_that_is_too_long_is_refused(tiny: Tiny, tmp_path: Path) -> None:
+    Image.new("RGB", (2500, 10)).save(tmp_path / "long.png")
+    with pytest.raises(UserError, match="image_path: a picture of 2500x10; at most 200 times as long as wide"):
+        load(tiny("qwen_edit")).run(asked(image_path=[str(tmp_path / "long.png")]))
 
 
 @pytest.mark.parametrize("family", [QwenImageEdit, QwenImageEditPlus])

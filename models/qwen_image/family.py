@@ -43,7 +43,7 @@ from sgl_diffusion.models.qwen_image.transformer import (
     QwenImageConfig,
     QwenImageTransformer,
 )
-from sgl_diffusion.models.qwen_image.vision import Patches, ProcessorConfig
+from sgl_diffusion.models.qwen_image.vision import MAX_ASPECT, Patches, ProcessorConfig
 
 PIXELS = 8  # that one latent covers per side
 TOKEN = PIXELS * PATCH  # pixels a token covers per side
@@ -259,7 +259,12 @@ class QwenImageEdit(QwenImage):
             raise ValueError(f"image_path: {pictures} given; this checkpoint edits 1")
 
     def fitting_size(self, pictures: Sequence[Image], defaults: Defaults) -> tuple[int, int]:
-        """The proportions of the last picture, at about the area of the defaults of diffusers."""
+        """The proportions of the last picture, and about the area at which the denoiser is given it."""
+        for picture in pictures:
+            height, width = area_size(picture, self.seen_area, SIDE)
+            if max(height, width) > MAX_ASPECT * min(height, width):
+                told = f"a picture of {picture.width}x{picture.height}"
+                raise ValueError(f"image_path: {told}; at most {MAX_ASPECT} times as long as wide")
         return area_size(pictures[-1], self.kept_area, SIDE)
 
     def encode(

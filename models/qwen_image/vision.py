@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from sgl_diffusion.models.config import ConfigError, demand, read_config
 
 # N patches  M = N / merge^2 tokens  C channels of a patch's pixels  D width  P rotary pairs of a head
-MAX_ASPECT = 200
+MAX_ASPECT = 200  # how many times as long as wide a picture may be
 CHANNELS = 3
 PIXELS = {"shortest_edge": 56 * 56, "longest_edge": 1280 * 28 * 28}  # of a picture, whatever the keys say
 
@@ -82,11 +82,7 @@ class Patches(nn.Module):
         self.config = config
 
     def forward(self, picture: Image) -> tuple[Tensor, Grid]:
-        """Pixels of the patches (N, C) in fp32, those of a token side by side, and how many rows and columns they are.
-
-        Raises:
-            ValueError: the picture is too long.
-        """
+        """Pixels of the patches (N, C) in fp32, those of a token side by side, and their rows and columns."""
         c = self.config
         height, width = self.fitting(picture.height, picture.width)
         pixels = torch.from_numpy(np.array(picture.convert("RGB"))).permute(2, 0, 1)[None].contiguous()
@@ -104,17 +100,17 @@ class Patches(nn.Module):
     def fitting(self, height: int, width: int) -> tuple[int, int]:
         """The size nearest to a picture's of which tokens are a whole number, within the limits of the config."""
         c = self.config
-        if max(height, width) > MAX_ASPECT * min(height, width):
-            raise ValueError(f"image_path: a picture of {width}x{height}; at most {MAX_ASPECT} times as long as wide")
         step = c.patch_size * c.merge_size
         smallest, largest = c.limits
         near = round(height / step) * step, round(width / step) * step
         if math.prod(near) > largest:
             shrink = math.sqrt(height * width / largest)
-            return tuple(max(step, math.floor(side / shrink / step) * step) for side in (height, width))  # type: ignore[return-value]
+            height, width = (max(step, math.floor(side / shrink / step) * step) for side in (height, width))
+            return height, width
         if math.prod(near) < smallest:
             grow = math.sqrt(smallest / (height * width))
-            return tuple(math.ceil(side * grow / step) * step for side in (height, width))  # type: ignore[return-value]
+            height, width = (math.ceil(side * grow / step) * step for side in (height, width))
+            return height, width
         return near
 
 
