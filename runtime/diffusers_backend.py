@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers import attention_backend
 
 from sgl_diffusion.models.family import ENCODERS, Size
 from sgl_diffusion.runtime.args import ServerArgs
@@ -73,7 +74,8 @@ class DiffusersPipeline:
                     f"diffusers_attention_backend={backend}: {type(module).__name__} has no choice of attention"
                 )
             try:
-                module.set_attention_backend(backend)
+                with attention_backend():  # or every other model of this process would have it too
+                    module.set_attention_backend(backend)
             except (ValueError, ImportError, RuntimeError) as e:
                 raise UserError(f"diffusers_attention_backend={backend}: {' '.join(str(e).split())[:300]}") from e
         for key, backend in args.component_attention_backends.items():

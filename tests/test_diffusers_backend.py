@@ -11,6 +11,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models import attention_dispatch
 from PIL import Image
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
@@ -181,6 +182,8 @@ def test_attention_backend_of_diffusers_is_chosen_and_reported(tiny: Tiny) -> No
     assert engine.backend.name == "diffusers"
     report = engine.run(params(max_sequence_length=16)).report
     assert report.effective["attention"]["transformer"] == "_native_math"
+    others, _ = attention_dispatch._AttentionBackendRegistry.get_active_backend()
+    assert others.value == "native", "the next model in this process did not ask for it"
 
 
 def test_compiled_blocks_draw_the_same_picture(tiny: Tiny) -> None:

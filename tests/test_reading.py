@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import re
 import threading
@@ -340,7 +341,8 @@ def test_loading_needs_little_more_than_the_parameters(
     save_file({f"{i}.weight": torch.zeros(2048, 2048) for i in range(layers)}, tmp_path / "w.safetensors")
     with torch.device("meta"):
         module = nn.Sequential(*(nn.Linear(2048, 2048, bias=False) for _ in range(layers)))
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier tests have freed is not taken again
+    gc.collect()  # what earlier tests have left is not freed meanwhile
+    ctypes.CDLL(None).malloc_trim(0)  # nor is what they have freed taken again
     before, peak, done = anonymous_mib(), [0.0], threading.Event()
 
     def watch() -> None:
