@@ -14,7 +14,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 from unittest import mock
@@ -32,7 +32,8 @@ from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.kernels.op import Case, Op
 from sgl_diffusion.runtime.errors import UserError
 
-DTYPES = (torch.bfloat16, torch.float32)  # fp16 compiles to the same code as bf16 but for one letter
+# fp16 compiles to the same code as bf16 but for one letter
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 TENSOR_MEMORY_COLUMNS = 512  # of an sm_100 SM
 REGISTERS = 65536  # of an SM, on every architecture here
 NARROW_SCALARS = 4  # single values a program may read in words of 2 bytes: a weight, a bias
@@ -198,16 +199,16 @@ def _tile_of(code: CompiledKernel) -> str:
 # -- report -----------------------------------------------------------------------
 
 
-def check(arch: str, ops: list[Op]) -> Iterator[Row]:
+def check(arch: str, ops: list[Op], dtypes: Collection[torch.dtype]) -> Iterator[Row]:
     """Compiles the ops at every production size with the tiles of the table.
 
-    An extra row names tiles that no size uses.
+    With all dtypes, an extra row names tiles that no size uses.
     """
     for op in ops:
         table = launch.tile_table(arch)[op.name]
         unused = set(range(len(table)))
         for size in op.production:
-            for case in (Case(op, size, dtype) for dtype in op.dtypes if dtype in DTYPES):
+            for case in (Case(op, size, dtype) for dtype in op.dtypes if dtype in dtypes):
                 try:
                     compiled, rows = compile_case(case, GPUS[arch])
                 except launch.Unsupported as e:
@@ -217,7 +218,7 @@ def check(arch: str, ops: list[Op]) -> Iterator[Row]:
                 form = next((tile["form"] for tile in rows.values() if "form" in tile), "")
                 allowed = max((table[number].get("local_bytes", 0) for number in rows), default=0)
                 yield from (inspect(arch, case, c, form, allowed) for c in compiled)
-        if unused:
+        if unused and len(dtypes) == len(DTYPES):
             numbers = ", ".join(map(str, sorted(unused)))
             yield Row(arch, op.name, "", problems=[f"tuned/{arch}.json: no production size uses row {numbers}"])
 
@@ -240,15 +241,17 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     """Exit code 1 on a problem."""
     parser.add_argument("--arch", action="append", choices=GPUS, help="architecture; may be repeated (default: all)")
     parser.add_argument("--op", action="append", choices=OPS, help="operation; may be repeated (default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, help="of the tensors (default: all)")
     parser.add_argument("--json", metavar="FILE", help="write the report there as well")
     args = parser.parse_args(argv)
     if knobs.runtime.interpret:
         raise UserError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
+    dtypes = [DTYPES[args.dtype]] if args.dtype else [*DTYPES.values()]
     print(f"triton {triton.__version__}")
     print(f"{HEADER}{'mma':8}{'loads by bits':22} case  tile")
     rows = []
     for arch in args.arch or GPUS:
-        for row in check(arch, [OPS[name] for name in args.op or OPS]):
+        for row in check(arch, [OPS[name] for name in args.op or OPS], dtypes):
             show(row)
             rows.append(row)
     bad = [row for row in rows if row.problems]

@@ -44,7 +44,7 @@ def gate(change: str, arch: str, op: str) -> subprocess.CompletedProcess[str]:
     program = (
         "import sys, torch; from dataclasses import replace; from sgl_diffusion.bench import aot;"
         "from sgl_diffusion.cli.main import main;"
-        f"aot.DTYPES = (torch.bfloat16,); op = aot.OPS['{op}']; {change};"
+        f"aot.DTYPES = {{'bf16': torch.bfloat16}}; op = aot.OPS['{op}']; {change};"
         f"sys.exit(main(['bench', 'aot', '--arch', '{arch}', '--op', '{op}']))"
     )
     return python("-c", program)
