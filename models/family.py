@@ -140,6 +140,20 @@ class Condition:
         return Condition({**self.tensors, **other.tensors})
 
 
+def check_step(name: str, n: int, step: int, first: int | None = None) -> None:
+    """Raises ValueError, with the nearest ones, for a number that is none of first, first + step, first + 2 step ...
+
+    Args:
+        first: None for `step`: a multiple of it.
+    """
+    first = step if first is None else first
+    if (n - first) % step or n < first:
+        below = first + max(0, (n - first) // step) * step
+        nearest = f"{below} or {below + step}" if n > first else str(first)
+        rule = f"a multiple of {step}" if first == step else f"{step} k + {first}"
+        raise ValueError(f"{name}={n}: must be {rule}; nearest: {nearest}")
+
+
 class Family(Protocol):
     """A family's pipeline: stateless but for its loaded parts. All tensors live on the parts' device.
 

@@ -29,6 +29,7 @@ from sgl_diffusion.models.family import (
     Predictor,
     Preset,
     Size,
+    check_step,
     eager,
 )
 from sgl_diffusion.models.layers import (
@@ -280,13 +281,7 @@ class Flux1:
         if size.frames != 1:
             raise ValueError(f"num_frames={size.frames}: this model draws pictures")
         for name, pixels in (("height", size.height), ("width", size.width)):
-            if pixels % self.patch:
-                down, up = (
-                    pixels // self.patch * self.patch,
-                    (pixels // self.patch + 1) * self.patch,
-                )
-                nearest = f"{down} or {up}" if down else str(up)
-                raise ValueError(f"{name}={pixels}: must be a multiple of {self.patch}; nearest: {nearest}")
+            check_step(name, pixels, self.patch)
         if max_sequence_length > 512:
             raise ValueError(f"max_sequence_length={max_sequence_length}: at most 512")
         if not self.transformer.config.guidance_embeds and guidance.embedded not in (

@@ -34,6 +34,7 @@ from sgl_diffusion.models.family import (
     Predictor,
     Preset,
     Size,
+    check_step,
     eager,
 )
 from sgl_diffusion.models.flux2.presets import DEV, DEV_PRESETS, KLEIN, KLEIN_BASE, KLEIN_PRESETS
@@ -106,10 +107,7 @@ class Flux2:
         if size.frames != 1:
             raise ValueError(f"num_frames={size.frames}: this model draws pictures")
         for name, pixels in (("height", size.height), ("width", size.width)):
-            if pixels % TOKEN_PIXELS or not pixels:
-                below = pixels // TOKEN_PIXELS * TOKEN_PIXELS
-                nearest = f"{below} or {below + TOKEN_PIXELS}" if below else str(TOKEN_PIXELS)
-                raise ValueError(f"{name}={pixels}: must be a multiple of {TOKEN_PIXELS}; nearest: {nearest}")
+            check_step(name, pixels, TOKEN_PIXELS)
         if max_sequence_length > MAX_TEXT:
             raise ValueError(f"max_sequence_length={max_sequence_length}: at most {MAX_TEXT}")
         if guidance.embedded is not None and not (self.classifier_free or self.transformer.config.guidance_embeds):

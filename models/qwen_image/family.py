@@ -31,6 +31,7 @@ from sgl_diffusion.models.family import (
     Predictor,
     Preset,
     Size,
+    check_step,
     eager,
 )
 from sgl_diffusion.models.pictures import area_size, fit
@@ -146,10 +147,7 @@ class QwenImage:
         if size.frames != 1:
             raise ValueError(f"num_frames={size.frames}: this model draws pictures")
         for name, pixels in (("height", size.height), ("width", size.width)):
-            if pixels % TOKEN:
-                below = pixels // TOKEN * TOKEN
-                nearest = f"{below} or {below + TOKEN}" if below else str(TOKEN)
-                raise ValueError(f"{name}={pixels}: must be a multiple of {TOKEN}; nearest: {nearest}")
+            check_step(name, pixels, TOKEN)
         if max_sequence_length > MAX_TEXT:
             raise ValueError(f"max_sequence_length={max_sequence_length}: at most {MAX_TEXT}")
         if guidance.embedded not in (None, 0.0, 1.0):
@@ -171,9 +169,6 @@ class QwenImage:
         p = self.parts
         states = drawing_states(p["tokenizer"], p["text_encoder"], prompt, max_sequence_length, execute)
         return Condition({"encoder_hidden_states": states})
-
-    def encode_pictures(self, pictures: Sequence[Image], size: Size, execute: Execute = eager) -> Condition:
-        raise NotImplementedError("this model draws from text alone")
 
     def image_tokens(self, size: Size) -> int:
         return math.prod(_grid(size))

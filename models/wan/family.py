@@ -35,6 +35,7 @@ from sgl_diffusion.models.family import (
     Predictor,
     Preset,
     Size,
+    check_step,
     eager,
 )
 from sgl_diffusion.models.pictures import fit
@@ -158,16 +159,9 @@ class Wan:
 
     def check(self, size: Size, guidance: Guidance, max_sequence_length: int, pictures: int) -> None:
         side = PIXELS[self.config.state_channels] * PATCH[1]
-        for name, n, first, step in (
-            ("height", size.height, side, side),
-            ("width", size.width, side, side),
-            ("num_frames", size.frames, 1, FRAMES_PER_LATENT),
-        ):
-            if (n - first) % step or n < first:
-                below = first + max(0, (n - first) // step) * step
-                nearest = f"{below} or {below + step}" if n > first else str(first)
-                rule = f"a multiple of {step}" if first == step else f"{step} k + {first}"
-                raise ValueError(f"{name}={n}: must be {rule}; nearest: {nearest}")
+        check_step("height", size.height, side)
+        check_step("width", size.width, side)
+        check_step("num_frames", size.frames, FRAMES_PER_LATENT, first=1)
         if max_sequence_length > MAX_TEXT:
             raise ValueError(f"max_sequence_length={max_sequence_length}: at most {MAX_TEXT}")
         if guidance.true_cfg_2 is not None and len(self.denoisers) == 1:

@@ -28,6 +28,7 @@ from sgl_diffusion.models.family import (
     Predictor,
     Preset,
     Size,
+    check_step,
     eager,
 )
 from sgl_diffusion.models.text import chat_ids, language_states
@@ -119,10 +120,7 @@ class ZImage:
         config = self.transformer.config
         _, rows, columns = config.axes_lens
         for name, pixels, places in (("height", size.height, rows), ("width", size.width, columns)):
-            if pixels % self.patch:
-                down = pixels // self.patch * self.patch
-                nearest = f"{down} or {down + self.patch}" if down else str(self.patch)
-                raise ValueError(f"{name}={pixels}: must be a multiple of {self.patch}; nearest: {nearest}")
+            check_step(name, pixels, self.patch)
             if pixels > places * self.patch:
                 raise ValueError(f"{name}={pixels}: at most {places * self.patch}")
         if max_sequence_length > config.longest_text:
