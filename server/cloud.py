@@ -252,7 +252,8 @@ class Uploader:
                 if job is None or job.upload is not UploadState.WAITING or left <= 0:
                     return job
                 with suppress(TimeoutError):  # another server of this store may be the one that uploads it
-                    await asyncio.wait_for(attempt_over.wait(), min(left, POLL_S))
+                    async with asyncio.timeout(min(left, POLL_S)):
+                        await attempt_over.wait()
         finally:
             self._attempt_over.pop(job_id, None)
 
@@ -265,7 +266,9 @@ class Uploader:
                         continue
                     self._running[job.id] = asyncio.create_task(self._upload(job), name=f"upload of {job.id}")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._woken.wait(), POLL_S)
+                # Not `wait_for`: Python 3.11's loses a cancellation that comes together with the event.
+                async with asyncio.timeout(POLL_S):
+                    await self._woken.wait()
 
     async def _take(self, limit: int) -> list[Job]:
         """They are this server's until the outcome is recorded."""

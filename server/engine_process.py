@@ -172,7 +172,8 @@ class EngineProcess:
             # it ends by itself when its line is closed. Killing one that has just died would take its status from
             # asyncio, which could not tell of what it died then
             try:
-                status = await asyncio.wait_for(process.wait(), ENDS_WITHIN_S)
+                async with asyncio.timeout(ENDS_WITHIN_S):
+                    status = await process.wait()
             except TimeoutError:
                 process.kill()
                 status = await process.wait()

@@ -361,6 +361,20 @@ def test_a_deleted_job_is_not_uploaded_again(s3: S3, store: JobStore, folders: F
     asyncio.run(scenario())
 
 
+@pytest.mark.parametrize("turns", range(6))
+def test_it_stops_though_it_is_just_woken(turns: int, s3: S3, store: JobStore, folders: Folders) -> None:
+    """So many turns of the event loop before: somewhere between, a cancellation and the event come together."""
+
+    async def scenario() -> None:
+        async with asyncio.timeout(20), uploading(store, folders, storage(s3.url)) as uploader:
+            await asyncio.sleep(0.2)  # it has looked for uploads, and sleeps
+            uploader.wake()
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+    asyncio.run(scenario())
+
+
 def test_a_restart_goes_on_where_uploads_stopped(s3: S3, folders: Folders) -> None:
     """The first server sees an outage and is gone; another one, of the same data, has nothing in memory."""
 
