@@ -27,6 +27,69 @@ def eager(function: Callable[..., Any], *arguments: Tensors) -> tuple[Tensor, ..
     return result
 
 
+class Split(Protocol):
+    """How the tokens of a sequence are spread over ranks, each of which computes on its own and has all weights.
+
+    A sequence consists of streams, such as text and picture, and every stream is spread by itself: what a rank has of
+    the sequence is its run of the first stream, then its run of the second.
+    """
+
+    @property
+    def ranks(self) -> int: ...
+
+    def own(self, tokens: int) -> slice:
+        """Which tokens of a stream of so many are this rank's."""
+
+    def whole(self, own_BLD: Tensor, tokens: int) -> Tensor:
+        """All tokens of a stream, in order, from every rank's own."""
+
+    def attend(
+        self,
+        attention: AttentionFn,
+        q_BLHK: Tensor,
+        k_BLHK: Tensor,
+        v_BLHK: Tensor,
+        streams: Sequence[int],
+        *,
+        replicated: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """What this rank's tokens see of those of all ranks.
+
+        Args:
+            streams: how many tokens there are of each, over all ranks, in the order in which they lie here.
+            replicated: so many streams, the first ones, are not spread: every rank has, and gets, all of them.
+        """
+
+
+class OneRank:
+    """A `Split` over one rank: everything is here."""
+
+    ranks = 1
+
+    def own(self, tokens: int) -> slice:
+        return slice(0, tokens)
+
+    def whole(self, own_BLD: Tensor, tokens: int) -> Tensor:
+        return own_BLD
+
+    def attend(
+        self,
+        attention: AttentionFn,
+        q_BLHK: Tensor,
+        k_BLHK: Tensor,
+        v_BLHK: Tensor,
+        streams: Sequence[int],
+        *,
+        replicated: int = 0,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        return attention(q_BLHK, k_BLHK, v_BLHK, out=out)
+
+
+ONE_RANK = OneRank()
+
+
 @dataclass(frozen=True)
 class Predictor:
     """A denoiser made ready for a request: `predictor(x, step) -> velocity`, both in the shape of the state x.
@@ -194,9 +257,10 @@ class Family(Protocol):
         config: Mapping[str, Any],
         attention: AttentionFn,
         options: Mapping[str, Any],
+        split: Split = ONE_RANK,
     ) -> nn.Module:
         """The native module of a `denoiser` or `vae`, without weights (call it under a meta device), or of a
-        `processor`, which has none."""
+        `processor`, which has none. `split` is of a denoiser's tokens."""
 
     @classmethod
     def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:

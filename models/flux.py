@@ -20,6 +20,7 @@ from sgl_diffusion.models.autoencoders.catalog import build_autoencoder
 from sgl_diffusion.models.autoencoders.kl import Decode
 from sgl_diffusion.models.config import demand, read_config
 from sgl_diffusion.models.family import (
+    ONE_RANK,
     AttentionFn,
     Condition,
     Defaults,
@@ -29,6 +30,7 @@ from sgl_diffusion.models.family import (
     Predictor,
     Preset,
     Size,
+    Split,
     check_step,
     eager,
 )
@@ -41,6 +43,7 @@ from sgl_diffusion.models.layers import (
     RMSNormWeight,
     Rotary,
     Rows,
+    Sequenced,
     TimestepEmbedding,
     rotary_table,
 )
@@ -90,10 +93,10 @@ class Modulation:
 class DoubleBlock(nn.Module):
     """Text and image with weights of their own; every pass that treats rows alike runs over both at once."""
 
-    def __init__(self, config: FluxConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: FluxConfig, attention: AttentionFn, split: Split) -> None:
         super().__init__()
         D = config.width
-        self.attn = JointAttention(D, config.attention_head_dim, attention)
+        self.attn = JointAttention(D, config.attention_head_dim, attention, split=split)
         self.ff, self.ff_context = FeedForward(D, MLP_RATIO * D), FeedForward(D, MLP_RATIO * D)
 
     def forward(self, stream: Residual, rows: Rows, modulation_6GD: Tensor, rotary: Rotary) -> None:
@@ -117,23 +120,25 @@ class SingleBlock(nn.Module):
 
     packed = {"attn.to_qkv_mlp": {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1, "proj_mlp": MLP_RATIO}}
 
-    def __init__(self, config: FluxConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: FluxConfig, attention: AttentionFn, split: Split) -> None:
         super().__init__()
         D, K = config.width, config.attention_head_dim
-        self.head_shape, self.attention = (config.num_attention_heads, K), attention
+        self.head_dim, self.attention, self.split = K, attention, split
         self.attn = SingleAttention(D, K)
         self.proj_out = Linear((1 + MLP_RATIO) * D, D)
 
-    def forward(self, stream: Residual, modulation_3BD: Tensor, rotary: Rotary) -> None:
+    def forward(self, stream: Residual, modulation_3BD: Tensor, rows: Rows, rotary: Rotary) -> None:
         shift, scale, gate = modulation_3BD
         normed_BLD, a = stream.norm(scale, shift), self.attn
-        B, L, D = normed_BLD.shape
+        B, L, _ = normed_BLD.shape
+        D = a.to_qkv_mlp.out_features // (3 + MLP_RATIO)  # of the heads that are here
         mixed = normed_BLD.new_empty(B, L, (1 + MLP_RATIO) * D)
         qkv, _ = a.to_qkv_mlp(normed_BLD, gelu_from=3 * D, tail=mixed[..., D:])
-        qkv = qkv.unflatten(-1, (3, *self.head_shape))
+        qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.unbind(2)
         qk_norm_rope([Stream(qkv, a.norm_q.weight, a.norm_k.weight)], rotary.cos, rotary.sin, q, k, None)
-        self.attention(q, k, v, out=mixed[..., :D].unflatten(-1, self.head_shape))
+        seen = mixed[..., :D].unflatten(-1, (-1, self.head_dim))
+        self.split.attend(self.attention, q, k, v, rows.streams, replicated=rows.replicated, out=seen)
         stream.add(self.proj_out(mixed), gate)
 
 
@@ -165,16 +170,16 @@ class FluxTransformer(nn.Module):
 
     before_first_step = ("context_embedder", "time_text_embed", "modulation")
 
-    def __init__(self, config: FluxConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: FluxConfig, attention: AttentionFn, split: Split = ONE_RANK) -> None:
         super().__init__()
         demand(config, patch_size=1)
-        D, self.config = config.width, config
+        D, self.config, self.split = config.width, config, split
         self.time_text_embed = TimeTextEmbedding(config)
         self.context_embedder = Linear(config.joint_attention_dim, D)
         self.x_embedder = Linear(config.in_channels, D)
-        self.transformer_blocks = nn.ModuleList(DoubleBlock(config, attention) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(config, attention, split) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
-            SingleBlock(config, attention) for _ in range(config.num_single_layers)
+            SingleBlock(config, attention, split) for _ in range(config.num_single_layers)
         )
         parts: dict[str, int] = {}
         for i in range(config.num_layers):
@@ -185,12 +190,12 @@ class FluxTransformer(nn.Module):
         self.packed = self.modulation.packed_as("modulation")
         self.proj_out = Linear(D, config.out_channels or config.in_channels)
 
-    def rotary(self, text_tokens: int, rows: int, columns: int, device: torch.device) -> Rotary:
+    def rotary(self, sequence: Sequenced, rows: int, columns: int, device: torch.device) -> Rotary:
         """Three axes: text tokens stand at (0, 0, 0), image tokens at (0, row, column)."""
         grid = torch.zeros(rows, columns, 3)
         grid[..., 1] = torch.arange(rows)[:, None]
         grid[..., 2] = torch.arange(columns)[None]
-        ids = torch.cat([torch.zeros(text_tokens, 3), grid.reshape(-1, 3)])
+        ids = sequence.here(torch.cat([torch.zeros(sequence.streams[0], 3), grid.reshape(-1, 3)]))
         tables = [rotary_table(ids[:, i], width, ROPE_THETA) for i, width in enumerate(self.config.axes_dims_rope)]
         cos, sin = (torch.cat(t, dim=-1).to(device) for t in zip(*tables, strict=True))
         return Rotary(cos, sin)
@@ -209,15 +214,17 @@ class FluxTransformer(nn.Module):
         return [Modulation(*step) for step in zip(double_SN6GD, single_SN3BD, out.transpose(1, 2), strict=True)]
 
     def forward(self, x_BIC: Tensor, modulation: Modulation, context_BTD: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
-        """Velocity (B, I, C) from the state and the embedded text."""
-        stream = Residual(torch.cat([context_BTD.flatten(0, 1), self.x_embedder(x_BIC).flatten(0, 1)]))
+        """Velocity (B, I, C) from the state and the embedded text, of which only what is computed here."""
+        tokens = x_BIC.shape[1]
+        image_BID = self.x_embedder(x_BIC[:, self.split.own(tokens)])
+        stream = Residual(torch.cat([context_BTD.flatten(0, 1), image_BID.flatten(0, 1)]))
         for block, vectors_6GD in zip(self.transformer_blocks, modulation.double_N6GD, strict=True):
             block(stream, rows, vectors_6GD, rotary)
         stream = Residual(rows.join(stream.total(rows.group_R)))
         for block, vectors_3BD in zip(self.single_transformer_blocks, modulation.single_N3BD, strict=True):
-            block(stream, vectors_3BD, rotary)
+            block(stream, vectors_3BD, rows, rotary)
         scale, shift = modulation.out_2BD
-        return self.proj_out(stream.after(rows.text).norm(scale, shift))
+        return self.split.whole(self.proj_out(stream.after(rows.text).norm(scale, shift)), tokens)
 
 
 # -- pipeline -------------------------------------------------------------------
@@ -262,9 +269,10 @@ class Flux1:
         config: Mapping[str, Any],
         attention: AttentionFn,
         options: Mapping[str, Any],
+        split: Split = ONE_RANK,
     ) -> nn.Module:
         if component == "transformer":
-            return FluxTransformer(read_config(FluxConfig, config), attention)
+            return FluxTransformer(read_config(FluxConfig, config), attention, split)
         return build_autoencoder(config, attention, options, {"AutoencoderKL": None, "AutoencoderTiny": 16})
 
     @classmethod
@@ -364,9 +372,10 @@ class Flux1:
         dtype, device = model.proj_out.weight.dtype, text.device
         rows, columns = size.height // self.patch, size.width // self.patch
         B, T = text.shape[:2]
-        context = model.context_embedder(text.to(dtype))
-        rotary = model.rotary(T, rows, columns, device)
-        token_rows = Rows.of(B, T, rows * columns, B, device)
+        sequence = Sequenced.over(model.split, T, rows * columns)
+        context = model.context_embedder(text[:, sequence.own[0]].to(dtype))
+        rotary = model.rotary(sequence, rows, columns, device)
+        token_rows = Rows.of(B, sequence, B, device)
         # the roundings of diffusers, step by step: thousandths in the model's dtype, down and up again
         t_S = torch.tensor(timesteps).to(dtype) / TIMESTEPS * TIMESTEPS
         strength = None

@@ -15,7 +15,7 @@ from sgl_diffusion.kernels.modulation import modulation
 from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.kernels.residual import gate_residual, residual_norm
-from sgl_diffusion.models.family import AttentionFn
+from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split
 
 # B batch  T text tokens  I image tokens  L = T + I  R = B * L rows  H heads  K head dim  D = H * K width
 # P = K / 2 rotary pairs  G groups of rows with one modulation
@@ -147,24 +147,59 @@ class FeedForward(nn.Module):
 
 
 @dataclass(frozen=True)
+class Sequenced:
+    """Which tokens of a text and of images after it are here, where their sequence is split over ranks.
+
+    Attributes:
+        streams: how many there are on all ranks, of the text and of every image.
+        replicated: 1 if the text has fewer tokens than there are ranks: all of them have it whole.
+        own: those that are here, by stream.
+    """
+
+    streams: tuple[int, ...]
+    replicated: int
+    own: tuple[slice, ...]
+
+    @classmethod
+    def over(cls, split: Split, text: int, *images: int) -> Sequenced:
+        replicated = int(text < split.ranks)
+        own = (slice(0, text) if replicated else split.own(text), *map(split.own, images))
+        return cls((text, *images), replicated, own)
+
+    def here(self, x_L: Tensor) -> Tensor:
+        """Of (L, ...), what belongs to the tokens that are here."""
+        return torch.cat([stream[own] for stream, own in zip(x_L.split(self.streams), self.own, strict=True)])
+
+    @property
+    def counts(self) -> list[int]:
+        return [own.stop - own.start for own in self.own]
+
+
+@dataclass(frozen=True)
 class Rows:
     """Where the tokens of a batch stand in a residual stream (R, D) of text and image: all text, then all image.
 
     Each stream of tokens is a contiguous run of rows, so that its linear layers read and write it in place. `group_R`
-    names every row's modulation: those of the text stream, then those of the image stream.
+    names every row's modulation: those of the text stream, then those of the image stream. `streams` and `replicated`
+    are those of the sequence that these tokens are of.
     """
 
     batch: int
     text: int
     image: int
     group_R: Tensor
+    streams: tuple[int, ...]
+    replicated: int
 
     @classmethod
-    def of(cls, batch: int, text: int, image: int, vectors: int, device: torch.device) -> Rows:
+    def of(cls, batch: int, sequence: Sequenced, vectors: int, device: torch.device) -> Rows:
         """`vectors` each stream has of a kind: one for every sample, or one that all samples share."""
+        text, *images = sequence.counts
+        image = sum(images)
         groups = torch.arange(2 * vectors, dtype=torch.int32).view(2, vectors).expand(2, batch)
         tokens = torch.tensor([text, image]).repeat_interleave(batch)
-        return cls(batch, text, image, groups.flatten().repeat_interleave(tokens).to(device))
+        group_R = groups.flatten().repeat_interleave(tokens).to(device)
+        return cls(batch, text, image, group_R, sequence.streams, sequence.replicated)
 
     def split(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
         """Views (B, T, D) and (B, I, D)."""
@@ -207,10 +242,12 @@ class JointAttention(nn.Module):
         "add_qkv_proj": {"add_q_proj": 1, "add_k_proj": 1, "add_v_proj": 1},
     }
 
-    def __init__(self, width: int, head_dim: int, attention: AttentionFn, *, bias: bool = True) -> None:
+    def __init__(
+        self, width: int, head_dim: int, attention: AttentionFn, *, bias: bool = True, split: Split = ONE_RANK
+    ) -> None:
         super().__init__()
         D, K = width, head_dim
-        self.head_shape, self.attention = (D // K, K), attention
+        self.head_dim, self.attention, self.split = K, attention, split
         self.to_qkv, self.add_qkv_proj = Linear(D, 3 * D, bias), Linear(D, 3 * D, bias)
         self.norm_q, self.norm_k = RMSNormWeight(K), RMSNormWeight(K)
         self.norm_added_q, self.norm_added_k = RMSNormWeight(K), RMSNormWeight(K)
@@ -218,24 +255,24 @@ class JointAttention(nn.Module):
         self.to_add_out = Linear(D, D, bias)
 
     def forward(self, x_RD: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
-        mixed_BLD, y_RD = self.mix(*rows.split(x_RD), rotary), torch.empty_like(x_RD)
+        mixed_BLD, y_RD = self.mix(*rows.split(x_RD), rows, rotary), torch.empty_like(x_RD)
         text_out, image_out = rows.split(y_RD)
         self.to_add_out(mixed_BLD[:, : rows.text], out=text_out)
         self.to_out[0](mixed_BLD[:, rows.text :], out=image_out)
         return y_RD
 
-    def mix(self, text_BTD: Tensor, image_BID: Tensor, rotary: Rotary) -> Tensor:
+    def mix(self, text_BTD: Tensor, image_BID: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
         """(B, L, D). Both streams write their rows of one Q, K and V, so nothing is concatenated."""
         B, L = len(text_BTD), text_BTD.shape[1] + image_BID.shape[1]
-        text_qkv = self.add_qkv_proj(text_BTD).unflatten(-1, (3, *self.head_shape))
-        image_qkv = self.to_qkv(image_BID).unflatten(-1, (3, *self.head_shape))
-        q, k, v = torch.empty((3, B, L, *self.head_shape), dtype=text_BTD.dtype, device=text_BTD.device)
+        text_qkv = self.add_qkv_proj(text_BTD).unflatten(-1, (3, -1, self.head_dim))
+        image_qkv = self.to_qkv(image_BID).unflatten(-1, (3, -1, self.head_dim))
+        q, k, v = image_qkv.new_empty(3, B, L, *image_qkv.shape[-2:])
         streams = [
             Stream(text_qkv, self.norm_added_q.weight, self.norm_added_k.weight),
             Stream(image_qkv, self.norm_q.weight, self.norm_k.weight),
         ]
         qk_norm_rope(streams, rotary.cos, rotary.sin, q, k, v)
-        return self.attention(q, k, v).flatten(2)
+        return self.split.attend(self.attention, q, k, v, rows.streams, replicated=rows.replicated).flatten(2)
 
 
 # -- tables -------------------------------------------------------------------------

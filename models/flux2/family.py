@@ -23,6 +23,7 @@ from sgl_diffusion.models.autoencoders.flux2 import PATCH, AutoencoderKLFlux2
 from sgl_diffusion.models.autoencoders.kl import Decode
 from sgl_diffusion.models.config import ConfigError, demand, read_config
 from sgl_diffusion.models.family import (
+    ONE_RANK,
     SETTINGS,
     AttentionFn,
     Condition,
@@ -34,6 +35,7 @@ from sgl_diffusion.models.family import (
     Predictor,
     Preset,
     Size,
+    Split,
     check_step,
     eager,
 )
@@ -85,9 +87,10 @@ class Flux2:
         config: Mapping[str, Any],
         attention: AttentionFn,
         options: Mapping[str, Any],
+        split: Split = ONE_RANK,
     ) -> nn.Module:
         if component == "transformer":
-            return Flux2Transformer(Flux2Config.read(config), attention)
+            return Flux2Transformer(Flux2Config.read(config), attention, split)
         allowed = dict.fromkeys(("AutoencoderKLFlux2", "AutoencoderTiny"), 32)
         vae: Any = build_autoencoder(config, attention, options, allowed)
         if (side := vae.config.downsampling * PATCH[0]) != TOKEN_PIXELS:
@@ -263,6 +266,7 @@ class Flux2Klein(Flux2):
         config: Mapping[str, Any],
         attention: AttentionFn,
         options: Mapping[str, Any],
+        split: Split = ONE_RANK,
     ) -> nn.Module:
         module = super().build(component, config, attention, options)
         if isinstance(module, Flux2Transformer):

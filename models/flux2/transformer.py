@@ -18,7 +18,7 @@ from sgl_diffusion.kernels.activation import activation
 from sgl_diffusion.kernels.embedding import timestep_embedding
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.models.config import ConfigError, demand, read_config
-from sgl_diffusion.models.family import AttentionFn
+from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split
 from sgl_diffusion.models.layers import (
     JointAttention,
     Linear,
@@ -27,6 +27,7 @@ from sgl_diffusion.models.layers import (
     RMSNormWeight,
     Rotary,
     Rows,
+    Sequenced,
     TimestepEmbedding,
     rotary_table,
 )
@@ -93,7 +94,7 @@ class Modulation:
 class Request:
     """What a request fixes."""
 
-    context_BTD: Tensor  # the embedded text
+    context_BTD: Tensor  # the embedded text; here and below, the tokens that are this rank's own
     given_BJD: Tensor | None  # embedded tokens of given pictures
     rows: Rows  # of text, and of image: what is drawn, then what is given
     rotary: Rotary
@@ -138,10 +139,10 @@ class FeedForward(nn.Module):
 class DoubleBlock(nn.Module):
     """Text and image with weights of their own; every pass that treats rows alike runs over both at once."""
 
-    def __init__(self, config: Flux2Config, attention: AttentionFn) -> None:
+    def __init__(self, config: Flux2Config, attention: AttentionFn, split: Split) -> None:
         super().__init__()
         D, M = config.width, config.mlp_width
-        self.attn = JointAttention(D, config.attention_head_dim, attention, bias=False)
+        self.attn = JointAttention(D, config.attention_head_dim, attention, bias=False, split=split)
         self.ff, self.ff_context = FeedForward(D, M), FeedForward(D, M)
 
     def forward(self, stream: Residual, rows: Rows, vectors_62D: Tensor, rotary: Rotary) -> None:
@@ -154,15 +155,16 @@ class DoubleBlock(nn.Module):
 class ParallelAttention(nn.Module):
     """Attention and MLP of a single block: one GEMM in, and one out over [attention, MLP] written side by side."""
 
-    def __init__(self, config: Flux2Config, attention: AttentionFn) -> None:
+    def __init__(self, config: Flux2Config, attention: AttentionFn, split: Split) -> None:
         super().__init__()
         D, K, M = config.width, config.attention_head_dim, config.mlp_width
-        self.head_shape, self.mlp_width, self.attention = (config.num_attention_heads, K), M, attention
+        self.head_shape, self.mlp_width = (config.num_attention_heads, K), M
+        self.attention, self.split = attention, split
         self.to_qkv_mlp_proj = Linear(D, 3 * D + 2 * M, bias=False)
         self.norm_q, self.norm_k = RMSNormWeight(K), RMSNormWeight(K)
         self.to_out = Linear(D + M, D, bias=False)
 
-    def forward(self, x_BLD: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x_BLD: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
         B, L, D = x_BLD.shape
         projected, mixed = self.to_qkv_mlp_proj(x_BLD), x_BLD.new_empty(B, L, D + self.mlp_width)
         activation(projected[..., 3 * D :], "swiglu", out=mixed[..., D:])
@@ -170,20 +172,21 @@ class ParallelAttention(nn.Module):
         q, k, v = qkv.unbind(2)
         stream = Stream(qkv, self.norm_q.weight, self.norm_k.weight)
         qk_norm_rope([stream], rotary.cos, rotary.sin, q, k, None, eps=EPS)
-        self.attention(q, k, v, out=mixed[..., :D].unflatten(-1, self.head_shape))
+        seen = mixed[..., :D].unflatten(-1, self.head_shape)
+        self.split.attend(self.attention, q, k, v, rows.streams, replicated=rows.replicated, out=seen)
         return cast(Tensor, self.to_out(mixed))
 
 
 class SingleBlock(nn.Module):
     """One norm before attention and MLP, one gate after both."""
 
-    def __init__(self, config: Flux2Config, attention: AttentionFn) -> None:
+    def __init__(self, config: Flux2Config, attention: AttentionFn, split: Split) -> None:
         super().__init__()
-        self.attn = ParallelAttention(config, attention)
+        self.attn = ParallelAttention(config, attention, split)
 
-    def forward(self, stream: Residual, vectors_31D: Tensor, rotary: Rotary) -> None:
+    def forward(self, stream: Residual, vectors_31D: Tensor, rows: Rows, rotary: Rotary) -> None:
         shift, scale, gate = vectors_31D
-        stream.add(self.attn(stream.norm(scale, shift), rotary), gate)
+        stream.add(self.attn(stream.norm(scale, shift), rows, rotary), gate)
 
 
 class Flux2Transformer(nn.Module):
@@ -191,15 +194,15 @@ class Flux2Transformer(nn.Module):
 
     before_first_step = ("context_embedder", "time_guidance_embed", "modulation")
 
-    def __init__(self, config: Flux2Config, attention: AttentionFn) -> None:
+    def __init__(self, config: Flux2Config, attention: AttentionFn, split: Split = ONE_RANK) -> None:
         super().__init__()
-        D, self.config = config.width, config
+        D, self.config, self.split = config.width, config, split
         self.time_guidance_embed = TimeGuidanceEmbedding(config)
         self.context_embedder = Linear(config.joint_attention_dim, D, bias=False)
         self.x_embedder = Linear(config.in_channels, D, bias=False)
-        self.transformer_blocks = nn.ModuleList(DoubleBlock(config, attention) for _ in range(config.num_layers))
+        self.transformer_blocks = nn.ModuleList(DoubleBlock(config, attention, split) for _ in range(config.num_layers))
         self.single_transformer_blocks = nn.ModuleList(
-            SingleBlock(config, attention) for _ in range(config.num_single_layers)
+            SingleBlock(config, attention, split) for _ in range(config.num_single_layers)
         )
         layers = {
             "double_stream_modulation_txt.linear": 6,
@@ -222,12 +225,16 @@ class Flux2Transformer(nn.Module):
         dtype, device, (B, T) = self.proj_out.weight.dtype, text_BTC.device, text_BTC.shape[:2]
         text_T4 = torch.zeros(T, AXES, dtype=drawn_I4.dtype)
         text_T4[:, 3] = torch.arange(T)
-        places_L4, given_BJD = torch.cat([text_T4, drawn_I4]).to(device), None
-        if given_BJC is not None and given_J4 is not None:
+        places_L4, given_BJD, streams = torch.cat([text_T4, drawn_I4]).to(device), None, [T, len(drawn_I4)]
+        if given_J4 is not None:
             places_L4 = torch.cat([places_L4, given_J4])
-            given_BJD = self.x_embedder(given_BJC.to(dtype))
-        rows = Rows.of(B, T, len(places_L4) - T, 1, device)
-        return Request(self.context_embedder(text_BTC.to(dtype)), given_BJD, rows, self.rotary(places_L4))
+            streams.append(len(given_J4))
+        sequence = Sequenced.over(self.split, *streams)
+        if given_BJC is not None:
+            given_BJD = self.x_embedder(given_BJC[:, sequence.own[2]].to(dtype))
+        context_BTD = self.context_embedder(text_BTC[:, sequence.own[0]].to(dtype))
+        rows, rotary = Rows.of(B, sequence, 1, device), self.rotary(sequence.here(places_L4))
+        return Request(context_BTD, given_BJD, rows, rotary)
 
     def rotary(self, places_L4: Tensor) -> Rotary:
         axes = zip(places_L4.unbind(1), self.config.axes_dims_rope, strict=True)
@@ -250,7 +257,8 @@ class Flux2Transformer(nn.Module):
 
     def forward(self, x_BIC: Tensor, modulation: Modulation, request: Request) -> Tensor:
         """Velocity (B, I, C) of what is drawn."""
-        rows, rotary, image_BID = request.rows, request.rotary, self.x_embedder(x_BIC)
+        rows, rotary, tokens, own = request.rows, request.rotary, x_BIC.shape[1], self.split.own(x_BIC.shape[1])
+        image_BID = self.x_embedder(x_BIC[:, own])
         if request.given_BJD is not None:
             image_BID = torch.cat([image_BID, request.given_BJD], dim=1)
         stream = Residual(torch.cat([request.context_BTD.flatten(0, 1), image_BID.flatten(0, 1)]))
@@ -258,7 +266,7 @@ class Flux2Transformer(nn.Module):
             block(stream, rows, modulation.double_62D, rotary)
         stream = Residual(rows.join(stream.total(rows.group_R)))
         for block in self.single_transformer_blocks:
-            block(stream, modulation.single_31D, rotary)
+            block(stream, modulation.single_31D, rows, rotary)
         scale, shift = modulation.out_21D
-        drawn = stream.after(rows.text, x_BIC.shape[1])
-        return cast(Tensor, self.proj_out(drawn.norm(scale, shift)))
+        drawn = stream.after(rows.text, own.stop - own.start)
+        return self.split.whole(self.proj_out(drawn.norm(scale, shift)), tokens)

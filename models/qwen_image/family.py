@@ -21,6 +21,7 @@ from sgl_diffusion.kernels.embedding import patchify, unpatchify
 from sgl_diffusion.models.autoencoders.wan import AutoencoderKLWan, WanVaeConfig
 from sgl_diffusion.models.config import ConfigError
 from sgl_diffusion.models.family import (
+    ONE_RANK,
     AttentionFn,
     Condition,
     Defaults,
@@ -31,9 +32,11 @@ from sgl_diffusion.models.family import (
     Predictor,
     Preset,
     Size,
+    Split,
     check_step,
     eager,
 )
+from sgl_diffusion.models.layers import Sequenced
 from sgl_diffusion.models.pictures import area_size, fit
 from sgl_diffusion.models.qwen_image import presets
 from sgl_diffusion.models.qwen_image.text import EDITING, EDITING_SEVERAL, Template, drawing_states, editing_states
@@ -108,12 +111,13 @@ class QwenImage:
         config: Mapping[str, Any],
         attention: AttentionFn,
         options: Mapping[str, Any],
+        split: Split = ONE_RANK,
     ) -> nn.Module:
         if component == "vae":
             return AutoencoderKLWan(_vae_config(config), attention, **options)
         if component == "processor":
             return Patches(ProcessorConfig.read(config))
-        return QwenImageTransformer(QwenImageConfig.read(config), attention)
+        return QwenImageTransformer(QwenImageConfig.read(config), attention, split)
 
     @classmethod
     def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:
@@ -200,10 +204,16 @@ class QwenImage:
         model, text = self.transformer, condition.tensors["encoder_hidden_states"]
         dtype, device = model.proj_out.weight.dtype, text.device
         B, T = text.shape[:2]
-        context, pictures = model.read(text.to(dtype)), _given(condition)
-        given = torch.cat([tokens.flatten(1, 2) for tokens in pictures], dim=1).to(dtype) if pictures else None
-        rotary = model.rotary(T, [_grid(size), *map(_grid_of, pictures)], device)
-        rows = model.rows(B, T, self.image_tokens(size), 0 if given is None else given.shape[1], device)
+        pictures, given = _given(condition), None
+        streams = [T, self.image_tokens(size)]
+        if pictures:
+            given = torch.cat([tokens.flatten(1, 2) for tokens in pictures], dim=1).to(dtype)
+            streams.append(given.shape[1])
+        sequence = Sequenced.over(model.split, *streams)
+        given = None if given is None else given[:, sequence.own[2]]
+        context = model.read(text[:, sequence.own[0]].to(dtype))
+        rotary = model.rotary(sequence, [_grid(size), *map(_grid_of, pictures)], device)
+        rows = model.rows(B, sequence, device)
         # the roundings of diffusers, step by step: thousandths in the model's dtype, and down again
         t_S = torch.tensor(timesteps).to(dtype) / TIMESTEPS
         modulations = model.modulate(t_S.to(device), given=given is not None)

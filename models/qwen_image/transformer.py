@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sgl_diffusion.kernels.embedding import timestep_embedding
 from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.models.config import demand, read_config
-from sgl_diffusion.models.family import AttentionFn
+from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split
 from sgl_diffusion.models.layers import (
     FeedForward,
     JointAttention,
@@ -27,6 +27,7 @@ from sgl_diffusion.models.layers import (
     RMSNormWeight,
     Rotary,
     Rows,
+    Sequenced,
     TimestepEmbedding,
     rotary_table,
 )
@@ -94,10 +95,10 @@ class Modulation:
 class Block(nn.Module):
     """Text and image with weights of their own; every pass that treats rows alike runs over both at once."""
 
-    def __init__(self, config: QwenImageConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: QwenImageConfig, attention: AttentionFn, split: Split) -> None:
         super().__init__()
         D = config.width
-        self.attn = JointAttention(D, config.attention_head_dim, attention)
+        self.attn = JointAttention(D, config.attention_head_dim, attention, split=split)
         self.img_mlp, self.txt_mlp = FeedForward(D, MLP_RATIO * D), FeedForward(D, MLP_RATIO * D)
 
     def forward(self, stream: Residual, rows: Rows, vectors_6GD: Tensor, rotary: Rotary) -> None:
@@ -128,14 +129,14 @@ class QwenImageTransformer(nn.Module):
 
     before_first_step = ("txt_in", "time_text_embed", "modulation")
 
-    def __init__(self, config: QwenImageConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: QwenImageConfig, attention: AttentionFn, split: Split = ONE_RANK) -> None:
         super().__init__()
-        D, N, self.config = config.width, config.num_layers, config
+        D, N, self.config, self.split = config.width, config.num_layers, config, split
         self.time_text_embed = TimeEmbedding(D)
         self.txt_norm = RMSNormWeight(config.joint_attention_dim)
         self.txt_in = Linear(config.joint_attention_dim, D)
         self.img_in = Linear(config.in_channels, D)
-        self.transformer_blocks = nn.ModuleList(Block(config, attention) for _ in range(N))
+        self.transformer_blocks = nn.ModuleList(Block(config, attention, split) for _ in range(N))
         parts: dict[str, int] = {}
         for i in range(N):
             parts |= {f"transformer_blocks.{i}.txt_mod.1": 6, f"transformer_blocks.{i}.img_mod.1": 6}
@@ -144,7 +145,7 @@ class QwenImageTransformer(nn.Module):
         self.packed = self.modulation.packed_as("modulation")
         self.proj_out = Linear(D, config.in_channels)
 
-    def rotary(self, text_tokens: int, grids: Sequence[Grid], device: torch.device) -> Rotary:
+    def rotary(self, sequence: Sequenced, grids: Sequence[Grid], device: torch.device) -> Rotary:
         """Three axes: image tokens stand at (picture, row, column) with (0, 0) in the middle of each picture.
 
         Text tokens stand on the diagonal, (i, i, i), and begin where the longest side ends: image tokens keep their
@@ -160,16 +161,18 @@ class QwenImageTransformer(nn.Module):
             image[..., 2] = (torch.arange(columns) - (columns + 1) // 2)[None]
             images.append(image.flatten(0, 1))
         first = max(side // 2 for grid in grids for side in grid)
-        text = (torch.arange(text_tokens) + first)[:, None].expand(-1, 3)
-        places_L3 = torch.cat([text, *images])
+        text = (torch.arange(sequence.streams[0]) + first)[:, None].expand(-1, 3)
+        places_L3 = sequence.here(torch.cat([text, *images]))
         axes = [rotary_table(places_L3[:, i], width, ROPE_THETA) for i, width in enumerate(self.config.axes_dims_rope)]
         cos, sin = (torch.cat(tables, dim=-1).to(device) for tables in zip(*axes, strict=True))
         return Rotary(cos, sin)
 
-    def rows(self, batch: int, text: int, drawn: int, given: int, device: torch.device) -> Rows:
-        """Where so many tokens of each kind stand, and which vectors they have."""
-        rows = Rows.of(batch, text, drawn + given, 1, device)
-        if not (given and self.config.zero_cond_t):
+    def rows(self, batch: int, sequence: Sequenced, device: torch.device) -> Rows:
+        """Where the tokens of a text, of what is drawn and of what is given stand, and which vectors they have."""
+        rows = Rows.of(batch, sequence, 1, device)
+        text, drawn, *others = sequence.counts
+        given = sum(others)
+        if len(sequence.streams) < 3 or not self.config.zero_cond_t:
             return rows
         image = torch.tensor([1] * drawn + [2] * given, dtype=torch.int32).repeat(batch)
         return replace(rows, group_R=torch.cat([image.new_zeros(batch * text), image]).to(device))
@@ -211,8 +214,10 @@ class QwenImageTransformer(nn.Module):
         Args:
             x: the state, (B, drawn tokens, C).
             context_BTD: the embedded text.
-            given: (B, given tokens, C), of the pictures beside it.
+            given: (B, given tokens, C), of the pictures beside it. Of both, only what is computed here.
         """
+        tokens = x.shape[1]
+        x = x[:, self.split.own(tokens)]
         x_RD = context_BTD.new_empty(len(rows.group_R), context_BTD.shape[-1])
         text, image = rows.split(x_RD)
         text.copy_(context_BTD)  # blocks add to it in place
@@ -222,4 +227,4 @@ class QwenImageTransformer(nn.Module):
             block(stream, rows, vectors_6GD, rotary)
         scale, shift = modulation.out_21D
         velocity: Tensor = self.proj_out(rows.image_of(stream, x.shape[1]).norm(scale, shift))
-        return velocity
+        return self.split.whole(velocity, tokens)

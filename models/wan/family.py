@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from sgl_diffusion.models.autoencoders.wan import FRAMES_PER_LATENT, AutoencoderKLWan, WanVaeConfig
 from sgl_diffusion.models.config import read_config
 from sgl_diffusion.models.family import (
+    ONE_RANK,
     SETTINGS,
     AttentionFn,
     Condition,
@@ -35,6 +36,7 @@ from sgl_diffusion.models.family import (
     Predictor,
     Preset,
     Size,
+    Split,
     check_step,
     eager,
 )
@@ -100,10 +102,11 @@ class Wan:
         config: Mapping[str, Any],
         attention: AttentionFn,
         options: Mapping[str, Any],
+        split: Split = ONE_RANK,
     ) -> nn.Module:
         if component == "vae":
             return AutoencoderKLWan(WanVaeConfig.read(config), attention, **options)
-        return WanTransformer(WanConfig.read(config), attention)
+        return WanTransformer(WanConfig.read(config), attention, split)
 
     @classmethod
     def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:

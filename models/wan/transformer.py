@@ -31,7 +31,7 @@ from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.kernels.residual import residual_norm
 from sgl_diffusion.models.config import ConfigError, demand, read_config
-from sgl_diffusion.models.family import AttentionFn
+from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split
 from sgl_diffusion.models.layers import FeedForward, Linear, Residual, RMSNormWeight, TimestepEmbedding, rotary_table
 
 # B batch  T tokens of the text or the picture  L video tokens  R = B * L rows  H heads  K head dim  D = H * K width
@@ -141,7 +141,8 @@ class Request:
     """What a request fixes."""
 
     heads: list[list[Heads]]  # of the text and perhaps the picture, for every block
-    rotary: Rotary
+    tokens: int  # of the video
+    rotary: Rotary  # here and below, of the tokens that are this rank's own
     beside: Beside | None
     first_BC1YX: Tensor | None  # the first frame, where it is given
     group_R: Tensor | None  # of every row, where the first frame has vectors of its own
@@ -159,12 +160,14 @@ class PatchEmbedding(nn.Conv3d):
         super().__init__(config.in_channels, config.width, kernel_size=PATCH, stride=PATCH)
         self.state_columns = config.state_channels * math.prod(PATCH)
 
-    def put_beside(self, condition_BCFYX: Tensor) -> Beside:
+    def put_beside(self, condition_BCFYX: Tensor, own: slice) -> Beside:
+        """Of the tokens that are this rank's own."""
         state_DK, condition_DK = (w.contiguous() for w in self.weight.flatten(1).tensor_split([self.state_columns], 1))
-        return Beside(state_DK, gemm(patchify(condition_BCFYX.contiguous(), PATCH), condition_DK, self.bias))
+        patches_BLK = patchify(condition_BCFYX.contiguous(), PATCH)[:, own].contiguous()
+        return Beside(state_DK, gemm(patches_BLK, condition_DK, self.bias))
 
-    def forward(self, x_BCFYX: Tensor, beside: Beside | None) -> Tensor:  # type: ignore[override]
-        patches_BLK = patchify(x_BCFYX, PATCH)
+    def forward(self, x_BCFYX: Tensor, beside: Beside | None, own: slice) -> Tensor:  # type: ignore[override]
+        patches_BLK = patchify(x_BCFYX, PATCH)[:, own].contiguous()
         if beside is None:
             return gemm(patches_BLK, self.weight.flatten(1), self.bias)
         return gemm(patches_BLK, beside.weight_DK, residual=beside.tokens_BLD)
@@ -232,23 +235,28 @@ class SelfAttention(nn.Module):
 
     packed = {"to_qkv": {"to_q": 1, "to_k": 1, "to_v": 1}}
 
-    def __init__(self, config: WanConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: WanConfig, attention: AttentionFn, split: Split) -> None:
         super().__init__()
-        D, self.head_shape, self.attention = config.width, config.head_shape, attention
+        D, self.head_shape, self.attention, self.split = config.width, config.head_shape, attention, split
         self.to_qkv = Linear(D, 3 * D)
         self.norm_q, self.norm_k = RMSNormWeight(D), RMSNormWeight(D)
         self.to_out = nn.ModuleList([Linear(D, D)])
 
-    def forward(self, x_BLD: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, x_BLD: Tensor, tokens: int, rotary: Rotary) -> Tensor:
+        """`tokens` there are on all ranks."""
         qkv_BL3HK = self.to_qkv(x_BLD).unflatten(-1, (3, *self.head_shape))
         q, k, v = qkv_BL3HK.unbind(2)
         stream = Stream(qkv_BL3HK, self.norm_q.weight, self.norm_k.weight)
         qk_norm_rope([stream], rotary.cos, rotary.sin, q, k, None, eps=EPS)
-        return cast(Tensor, self.to_out[0](self.attention(q, k, v).flatten(2)))
+        seen = self.split.attend(self.attention, q, k, v, [tokens])
+        return cast(Tensor, self.to_out[0](seen.flatten(2)))
 
 
 class CrossAttention(nn.Module):
-    """Over the tokens of the text and, apart from them, of the picture; no step changes their keys and values."""
+    """Over the tokens of the text and, apart from them, of the picture; no step changes their keys and values.
+
+    Every rank has all of these keys, whichever tokens of the video are its own.
+    """
 
     def __init__(self, config: WanConfig, attention: AttentionFn) -> None:
         super().__init__()
@@ -280,19 +288,18 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self attention and feed-forward, modulated and gated; between them, cross attention with a norm of its own."""
 
-    def __init__(self, config: WanConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: WanConfig, attention: AttentionFn, split: Split) -> None:
         super().__init__()
-        self.attn1, self.attn2 = SelfAttention(config, attention), CrossAttention(config, attention)
+        self.attn1, self.attn2 = SelfAttention(config, attention, split), CrossAttention(config, attention)
         self.norm2 = LayerNormWeights(config.width)
         self.ffn = FeedForward(config.width, config.ffn_dim)
 
-    def forward(
-        self, stream: Residual, heads: Sequence[Heads], vectors_6GD: Tensor, group_R: Tensor | None, rotary: Rotary
-    ) -> None:
+    def forward(self, stream: Residual, heads: Sequence[Heads], vectors_6GD: Tensor, request: Request) -> None:
+        group_R = request.group_R
         shift, scale, gate, shift2, scale2, gate2 = vectors_6GD
         x, weight, bias = stream.x, self.norm2.weight, self.norm2.bias
         # each residual_norm adds to x in place, and returns the norm of the sum
-        branch = self.attn1(stream.norm(scale, shift, group_R), rotary)
+        branch = self.attn1(stream.norm(scale, shift, group_R), request.tokens, request.rotary)
         normed = residual_norm(x, branch, gate, kind="layer", weight_D=weight, bias_D=bias, group=group_R, eps=EPS)
         branch = self.attn2(normed, heads)
         normed = residual_norm(x, branch, kind="layer", scale=scale2, shift=shift2, group=group_R, eps=EPS)
@@ -310,12 +317,12 @@ class BlockTables(nn.Module):
 class WanTransformer(nn.Module):
     """`WanTransformer3DModel`."""
 
-    def __init__(self, config: WanConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: WanConfig, attention: AttentionFn, split: Split = ONE_RANK) -> None:
         super().__init__()
-        D, N, self.config = config.width, config.num_layers, config
+        D, N, self.config, self.split = config.width, config.num_layers, config, split
         self.patch_embedding = PatchEmbedding(config)
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList(Block(config, attention) for _ in range(N))
+        self.blocks = nn.ModuleList(Block(config, attention, split) for _ in range(N))
         self.packed = {"block_tables": {f"blocks.{i}": 1 for i in range(N)}}
         self.block_tables = BlockTables(N, D)
         self.scale_shift_table = nn.Parameter(torch.zeros(1, 2, D))
@@ -349,17 +356,19 @@ class WanTransformer(nn.Module):
             latent_shape: (C, F, Y, X) of the state.
         """
         grid, dtype, (B, device) = _grid(latent_shape), self.proj_out.weight.dtype, (len(text_BTC), text_BTC.device)
-        beside = first = group_R = None
+        tokens = math.prod(grid)
+        own, beside, first, group_R = self.split.own(tokens), None, None, None
         if self.config.condition_channels:
             assert latents is not None, "a model with channels for a condition has one"
             latents = latents.to(dtype).expand(B, -1, *latent_shape[1:])
-            beside = self.patch_embedding.put_beside(latents)
+            beside = self.patch_embedding.put_beside(latents, own)
         elif latents is not None:
             first = latents.expand(B, -1, 1, *latent_shape[2:]).contiguous()
             of_a_frame = torch.tensor([0] + [1] * (grid[0] - 1), dtype=torch.int32)
-            group_R = of_a_frame.repeat_interleave(grid[1] * grid[2]).repeat(B).to(device)
+            group_R = of_a_frame.repeat_interleave(grid[1] * grid[2])[own].repeat(B).to(device)
         image = None if image_BTC is None else image_BTC.to(dtype)
-        return Request(self.read(text_BTC.to(dtype), image), self.rotary(grid, device), beside, first, group_R)
+        heads, rotary = self.read(text_BTC.to(dtype), image), self.rotary(grid, own, device)
+        return Request(heads, tokens, rotary, beside, first, group_R)
 
     def read(self, text_BTC: Tensor, image_BTC: Tensor | None) -> list[list[Heads]]:
         """What every block reads of the text and of the picture."""
@@ -371,11 +380,11 @@ class WanTransformer(nn.Module):
             image_BTD = c.image_embedder(image_BTC)
         return [cast(Block, block).attn2.read(text_BTD, image_BTD) for block in self.blocks]
 
-    def rotary(self, grid: tuple[int, ...], device: torch.device) -> Rotary:
-        """Three axes; frames turn what rows and columns, a third of the pairs each, leave of a head."""
+    def rotary(self, grid: tuple[int, ...], own: slice, device: torch.device) -> Rotary:
+        """Of a run of tokens. Three axes: frames turn what rows and columns, a third of the pairs each, leave."""
         K = self.config.attention_head_dim
         side = K // 6 * 2
-        places_L3 = torch.cartesian_prod(*map(torch.arange, grid))
+        places_L3 = torch.cartesian_prod(*map(torch.arange, grid))[own]
         axes = [
             [table[places_L3[:, axis]] for table in rotary_table(torch.arange(grid[axis]), width, ROPE_THETA)]
             for axis, width in enumerate((K - 2 * side, side, side))
@@ -401,15 +410,16 @@ class WanTransformer(nn.Module):
 
     def forward(self, x_BCFYX: Tensor, modulation: Modulation, request: Request) -> Tensor:
         """Velocity, in the shape of the state."""
-        grid, group_R = _grid(x_BCFYX.shape[1:]), request.group_R
+        grid, own = _grid(x_BCFYX.shape[1:]), self.split.own(request.tokens)
         if request.first_BC1YX is not None:
             x_BCFYX = hold_first_frame(x_BCFYX, request.first_BC1YX)
-        stream = Residual(self.patch_embedding(x_BCFYX.to(self.proj_out.weight.dtype), request.beside))
+        stream = Residual(self.patch_embedding(x_BCFYX.to(self.proj_out.weight.dtype), request.beside, own))
         for block, heads, vectors_6GD in zip(self.blocks, request.heads, modulation.block_N6GD, strict=True):
-            block(stream, heads, vectors_6GD, group_R, request.rotary)
+            block(stream, heads, vectors_6GD, request)
         shift, scale = modulation.out_2GD
         # a patch leaves with its channels fastest, and came in with them slowest
-        return unpatchify(self.proj_out(stream.norm(scale, shift, group_R)), grid, PATCH, channel_fastest=True)
+        patches_BLC = self.split.whole(self.proj_out(stream.norm(scale, shift, request.group_R)), request.tokens)
+        return unpatchify(patches_BLC, grid, PATCH, channel_fastest=True)
 
 
 def _grid(latent_shape: Sequence[int]) -> tuple[int, ...]:
