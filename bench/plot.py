@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from html import escape
 from itertools import groupby
 
-COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2")
+COLOURS = (
+    "#4c78a8", "#f58518", "#54a24b", "#e45756", "#72b7b2", "#b279a2", "#ff9da6", "#9d755d", "#bab0ac", "#eeca3b",
+)  # fmt: skip
 LABEL, SCALE, ROW, GAP, TOP = 560, 400, 15, 10, 60  # pixels: label column, a share of 1, a bar, between groups, header
 
 

@@ -1,4 +1,6 @@
-"""`sglang bench aot|e2e|kernels|launches|load|serve|tune|vae`: generations timed; kernels checked, timed and tuned."""
+"""`sglang bench aot|e2e|kernels|launches|links|load|parallel|serve|tune|vae`: generations timed; kernels checked, timed
+and tuned; links between ranks measured.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ SUBJECTS = {
     "e2e": "time whole generations against diffusers, by turns in one process",
     "kernels": "time every kernel against what it replaces, after checking its answers",
     "launches": "count the launches of one denoiser call at true size, ours against diffusers",
+    "links": "measure latency and bandwidth of the collectives among ranks, for `sglang plan --links`",
     "load": "time loading a checkpoint against diffusers, by turns in one process",
+    "parallel": "predict steps on several GPUs for published models, by layout; nothing is measured",
     "serve": "load a server with requests, and tell its latencies and what it adds to its engine",
     "tune": "time tiles on this GPU and rewrite its table",
     "vae": "time the decoding of latents against diffusers, by turns in one process",

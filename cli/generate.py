@@ -7,15 +7,18 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from sgl_diffusion.cli.flags import REQUEST, add_flags, flag, parse_command_line
-from sgl_diffusion.runtime.args import parse_args
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, parse_args
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import Event, Finished, Result, StageStarted, StepDone
+from sgl_diffusion.runtime.parallel.launch import as_rank, launch
+from sgl_diffusion.runtime.parallel.layout import read_layout
+from sgl_diffusion.runtime.parallel.ranks import speaks, started_ranks
 from sgl_diffusion.server.args import ServeArgs
 
 log = logging.getLogger("sgl_diffusion")
@@ -35,20 +38,32 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     server, sampling = parse_args(values)
     if not sampling.prompt and sampling.prompt_path is None and sampling.resume_latents is None:
         raise UserError("prompt: none given; use --prompt, --prompt-path or the key `prompt` of a config file")
-    set_up_logging(server.log_level)
+    ranks = read_layout(server).ranks
+    if ranks > 1 and started_ranks() == 1:
+        launch(server, ranks, "sgl_diffusion", ["generate", *argv])
+        return 0
+    set_up_logging(server.log_level if speaks() else "warning")
     if ignored := [flag(name) for name in values if name in ServeArgs.model_fields]:
         log.info("ignored: %s: of `sglang serve` alone", ", ".join(ignored))
+    with as_rank() if started_ranks() > 1 else nullcontext():
+        _draw(server, sampling)
+    return 0
 
+
+def _draw(server: ServerArgs, sampling: SamplingParams) -> None:
     from sgl_diffusion.runtime.engine import Engine
 
     console = Console(stderr=True)
     with console.status(f"loading {server.model_path}"):
         engine = Engine.load(server, like=sampling)
-    result = _show(engine.generate(sampling), console)
+    with engine:
+        if not engine.lockstep.is_first:
+            engine.follow()
+            return
+        result = _show(engine.generate(sampling), console)
     print(result.report.summary())
     for path in result.paths:
         print(f"saved {path}")
-    return 0
 
 
 def set_up_logging(level: str) -> None:

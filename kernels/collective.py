@@ -8,7 +8,9 @@ and exchanges back. With x_BLHK of one rank, and messages_PBLHK whose first dime
     messages = split_ranks(out, P, dim="tokens")    B, L P, H / P, K  ->  P, B, L, H / P, K
     out = join_ranks(received, dim="heads")         P, B, L, H / P, K  ->  B, L, H, K
 
-q, k and v are one x with B three times as large. Tokens of a single sequence are in order already: nothing is copied.
+q, k and v are one x with B three times as large. Where messages hold the tokens before everything else, as strided
+views of (P, L, B, H, K), those of all ranks lie in order already: only heads are packed and unpacked, with one copy on
+either side. Heads that P does not divide are packed in two runs, of ranks with one more and of ranks with one fewer.
 
 Ring (Liu et al. 2023): keys travel, and attentions over different keys become one by their log-sum-exps l:
 out = (out e^l + other e^l') / (e^l + e^l'), lse = log(e^l + e^l').
@@ -53,12 +55,16 @@ def _copy_heads_kernel(
     tl.store(to_ptr + to_rows[:, None] + k, tl.load(from_ptr + from_rows[:, None] + k, mask=live), mask=live)
 
 
-def split_ranks(x_BLHK: Tensor, ranks: int, *, dim: Dim, impl: launch.Impl = "auto") -> Tensor:
-    """One message for each rank, with its share of the tokens or heads: contiguous, (P, B, L, H, K).
+def split_ranks(
+    x_BLHK: Tensor, ranks: int, *, dim: Dim, out: Tensor | None = None, impl: launch.Impl = "auto"
+) -> Tensor:
+    """One message for each rank, with its share of the tokens or heads: (P, B, L, H, K). Returns `out`, or a
+    contiguous tensor.
 
     Args:
         x_BLHK: any strides but a contiguous last dimension.
         ranks: divides `dim`.
+        out: its dtype; any strides but a contiguous last dimension.
     Raises:
         ValueError: a dimension that ranks do not divide; a shape, dtype or stride that does not fit.
     """
@@ -69,11 +75,15 @@ def split_ranks(x_BLHK: Tensor, ranks: int, *, dim: Dim, impl: launch.Impl = "au
     if ranks < 1 or x_BLHK.shape[AXIS[dim]] % ranks:
         raise ValueError(f"ranks={ranks}: expected a divisor of the {x_BLHK.shape[AXIS[dim]]} {dim}")
     shares_PBLHK = _shares(x_BLHK, ranks, dim)
-    if shares_PBLHK.is_contiguous() or not launch.runs_triton(impl, x_BLHK):
-        return split_ranks_reference(x_BLHK, ranks, dim=dim)
-    messages_PBLHK = x_BLHK.new_empty(shares_PBLHK.shape)
-    _copy_heads("split_ranks", shares_PBLHK, messages_PBLHK)
-    return messages_PBLHK
+    if out is not None:
+        _check_out(out, x_BLHK, tuple(shares_PBLHK.shape))
+    nothing_moves = out is None and shares_PBLHK.is_contiguous()
+    if nothing_moves or not launch.runs_triton(impl, x_BLHK):
+        return split_ranks_reference(x_BLHK, ranks, dim=dim, out=out)
+    if out is None:
+        out = x_BLHK.new_empty(shares_PBLHK.shape)
+    _copy_heads("split_ranks", shares_PBLHK, out)
+    return out
 
 
 def join_ranks(
@@ -82,22 +92,19 @@ def join_ranks(
     """Undoes `split_ranks`: x_BLHK with the tokens or heads of all messages. Returns `out`, or a contiguous tensor.
 
     Args:
-        messages_PBLHK: contiguous.
+        messages_PBLHK: any strides but a contiguous last dimension.
         out: its dtype; may be a slice of a wider buffer.
     Raises:
         ValueError: a shape, dtype or stride that does not fit.
     """
     launch.check_float(messages_PBLHK, messages_PBLHK=messages_PBLHK)
     launch.check_ndim(5, messages_PBLHK=messages_PBLHK)
-    launch.check_contiguous(messages_PBLHK=messages_PBLHK)
+    launch.check_last_dim(messages_PBLHK=messages_PBLHK)
     _check_dim(dim)
     P, *shape = messages_PBLHK.shape
     shape[AXIS[dim]] *= P
     if out is not None:
-        launch.check_float(messages_PBLHK, out=out)
-        launch.check_dtype(messages_PBLHK.dtype, out=out)
-        launch.check_shape(tuple(shape), out=out)
-        launch.check_last_dim(out=out)
+        _check_out(out, messages_PBLHK, tuple(shape))
     nothing_moves = out is None and messages_PBLHK.movedim(0, AXIS[dim]).is_contiguous()
     if nothing_moves or not launch.runs_triton(impl, messages_PBLHK):
         return join_ranks_reference(messages_PBLHK, dim=dim, out=out)
@@ -112,6 +119,13 @@ def _check_dim(dim: str) -> None:
         raise ValueError(f"dim={dim!r}: expected tokens or heads")
 
 
+def _check_out(out: Tensor, like: Tensor, shape: tuple[int, ...]) -> None:
+    launch.check_float(like, out=out)
+    launch.check_dtype(like.dtype, out=out)
+    launch.check_shape(shape, out=out)
+    launch.check_last_dim(out=out)
+
+
 def _shares(x_BLHK: Tensor, ranks: int, dim: Dim) -> Tensor:
     """x as (P, B, L, H, K), without a copy."""
     return x_BLHK.unflatten(AXIS[dim], (ranks, -1)).movedim(AXIS[dim], 0)
@@ -119,6 +133,8 @@ def _shares(x_BLHK: Tensor, ranks: int, dim: Dim) -> Tensor:
 
 def _copy_heads(op: str, from_PBLHK: Tensor, to_PBLHK: Tensor) -> None:
     P, B, L, H, K = from_PBLHK.shape
+    if not from_PBLHK.numel():
+        return
     tile = launch.tile(op)
     with launch.on_device(from_PBLHK):
         _copy_heads_kernel[(triton.cdiv(L * H, tile["BLOCK_ROWS"]), P * B)](
@@ -127,8 +143,9 @@ def _copy_heads(op: str, from_PBLHK: Tensor, to_PBLHK: Tensor) -> None:
         )  # fmt: skip
 
 
-def split_ranks_reference(x_BLHK: Tensor, ranks: int, *, dim: Dim) -> Tensor:
-    return _shares(x_BLHK, ranks, dim).contiguous()
+def split_ranks_reference(x_BLHK: Tensor, ranks: int, *, dim: Dim, out: Tensor | None = None) -> Tensor:
+    shares_PBLHK = _shares(x_BLHK, ranks, dim)
+    return shares_PBLHK.contiguous() if out is None else out.copy_(shares_PBLHK)
 
 
 def join_ranks_reference(messages_PBLHK: Tensor, *, dim: Dim, out: Tensor | None = None) -> Tensor:
@@ -214,24 +231,23 @@ def merge_attention(
 def merge_attention_reference(
     out_BQHK: Tensor, lse_BHQ: Tensor, other_BQHK: Tensor, other_lse_BHQ: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One pass over the outputs, in place where they are fp32."""
-    alone_BQH, unchanged_BQH = (torch.isneginf(lse).mT for lse in (lse_BHQ, other_lse_BHQ))
-    out_BQHK[alone_BQH] = 0
-    kept = out_BQHK[unchanged_BQH]
-    wide = launch.widen(out_BQHK)
-    wide.lerp_(other_BQHK.to(wide.dtype), torch.sigmoid(other_lse_BHQ - lse_BHQ).mT.unsqueeze(-1))
+    """In place where the outputs are fp32. No value decides which operations run, so that they can be taped."""
+    alone_BQH1, unchanged_BQH1 = (torch.isneginf(lse).mT.unsqueeze(-1) for lse in (lse_BHQ, other_lse_BHQ))
+    share_BQH1 = torch.sigmoid(other_lse_BHQ - lse_BHQ).mT.unsqueeze(-1).masked_fill_(unchanged_BQH1, 0)
+    wide = launch.widen(out_BQHK).masked_fill_(alone_BQH1, 0)
+    wide.lerp_(other_BQHK.to(wide.dtype).masked_fill(unchanged_BQH1, 0), share_BQH1)
     if wide is not out_BQHK:
         out_BQHK.copy_(wide)
-    out_BQHK[unchanged_BQH] = kept
     return out_BQHK, torch.logaddexp(lse_BHQ, other_lse_BHQ, out=lse_BHQ)
 
 
 # -- the catalog's entries --------------------------------------------------------
 
 
-def eager_split_ranks(x_BLHK: Tensor, ranks: int, dim: Dim) -> Tensor:
-    """As diffusers runs it."""
-    return x_BLHK.unflatten(AXIS[dim], (ranks, -1)).movedim(AXIS[dim], 0).contiguous()
+def eager_split_ranks(x_BLHK: Tensor, ranks: int, dim: Dim, out: Tensor | None) -> Tensor:
+    """As diffusers runs it; a copy into `out` stands for its share of `cat`."""
+    messages = x_BLHK.unflatten(AXIS[dim], (ranks, -1)).movedim(AXIS[dim], 0).contiguous()
+    return messages if out is None else out.copy_(messages)
 
 
 def eager_join_ranks(messages_PBLHK: Tensor, dim: Dim, out: Tensor | None) -> Tensor:
@@ -250,22 +266,32 @@ def eager_merge_attention(
     return out, (lse - F.logsigmoid(lse - other_lse)).squeeze(-1).mT
 
 
-def _split_inputs(device: str, dtype: torch.dtype, B: int, L: int, H: int, K: int, ranks: int, dim: Dim) -> Inputs:
+def _split_inputs(
+    device: str, dtype: torch.dtype, B: int, L: int, H: int, K: int, ranks: int, dim: Dim, tokens_first: bool = False
+) -> Inputs:
+    """`tokens_first`: messages hold the tokens before the samples."""
     wider = poisoned((B, L, 3, H, K), dtype, device)
+    tokens, heads = (L, H // ranks) if dim == "heads" else (L // ranks, H)
     return {
         "x_BLHK": inside(wider, noise((B, L, H, K), dtype, device), 1, slice(None), slice(None)),
         "ranks": ranks,
         "dim": dim,
+        "out": poisoned((ranks, tokens, B, heads, K), dtype, device).transpose(1, 2) if tokens_first else None,
     }
 
 
 def _join_inputs(
-    device: str, dtype: torch.dtype, B: int, L: int, H: int, K: int, ranks: int, dim: Dim, sliced: bool
-) -> Inputs:
+    device: str, dtype: torch.dtype, B: int, L: int, H: int, K: int, ranks: int, dim: Dim, sliced: bool,
+    tokens_first: bool = False,
+) -> Inputs:  # fmt: skip
     heads, tokens = (H * ranks, L) if dim == "heads" else (H, L * ranks)
     wider = poisoned((B, tokens, 2 * heads * K), dtype, device)
+    if tokens_first:
+        messages_PBLHK = noise((ranks, L, B, H, K), dtype, device).transpose(1, 2)
+    else:
+        messages_PBLHK = noise((ranks, B, L, H, K), dtype, device)
     return {
-        "messages_PBLHK": noise((ranks, B, L, H, K), dtype, device),
+        "messages_PBLHK": messages_PBLHK,
         "dim": dim,
         "out": wider[..., : heads * K].unflatten(-1, (heads, K)) if sliced else None,
     }
@@ -292,15 +318,15 @@ SPLIT_OP = Op(
     inputs=_split_inputs,
     tiny=(
         {"B": 1, "L": 1, "H": 2, "K": 16, "ranks": 2, "dim": "heads"},
-        {"B": 2, "L": 5, "H": 6, "K": 24, "ranks": 3, "dim": "heads"},
+        {"B": 2, "L": 5, "H": 6, "K": 24, "ranks": 3, "dim": "heads", "tokens_first": True},
         {"B": 2, "L": 9, "H": 2, "K": 33, "ranks": 3, "dim": "tokens"},
     ),
     production=(
         {"B": 3, "L": 2304, "H": 24, "K": 128, "ranks": 2, "dim": "heads"},
-        {"B": 3, "L": 4095, "H": 40, "K": 128, "ranks": 8, "dim": "heads"},
+        {"B": 3, "L": 4095, "H": 40, "K": 128, "ranks": 8, "dim": "heads", "tokens_first": True},
         {"B": 2, "L": 32760, "H": 5, "K": 128, "ranks": 8, "dim": "tokens"},
     ),
-    cpu=({"B": 3, "L": 1024, "H": 8, "K": 64, "ranks": 4, "dim": "heads"},),
+    cpu=({"B": 3, "L": 1024, "H": 8, "K": 64, "ranks": 4, "dim": "heads", "tokens_first": True},),
     bytes=lambda i: 2 * i["x_BLHK"].nbytes,
 )
 
@@ -315,6 +341,7 @@ JOIN_OP = Op(
     tiny=(
         {"B": 1, "L": 1, "H": 1, "K": 16, "ranks": 2, "dim": "heads", "sliced": True},
         {"B": 2, "L": 5, "H": 3, "K": 24, "ranks": 3, "dim": "heads", "sliced": False},
+        {"B": 2, "L": 5, "H": 3, "K": 24, "ranks": 2, "dim": "heads", "sliced": True, "tokens_first": True},
         {"B": 2, "L": 9, "H": 2, "K": 33, "ranks": 3, "dim": "tokens", "sliced": True},
     ),
     production=(
@@ -322,7 +349,7 @@ JOIN_OP = Op(
         {"B": 1, "L": 4095, "H": 5, "K": 128, "ranks": 8, "dim": "heads", "sliced": False},
         {"B": 3, "L": 4095, "H": 5, "K": 128, "ranks": 8, "dim": "tokens", "sliced": False},
     ),
-    cpu=({"B": 1, "L": 2048, "H": 4, "K": 64, "ranks": 4, "dim": "heads", "sliced": False},),
+    cpu=({"B": 2, "L": 1024, "H": 4, "K": 64, "ranks": 4, "dim": "heads", "sliced": True, "tokens_first": True},),
     bytes=lambda i: 2 * i["messages_PBLHK"].nbytes,
 )
 

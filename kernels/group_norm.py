@@ -180,14 +180,7 @@ def group_norm(
     Raises:
         ValueError: a shape, dtype, device, stride or number of groups that does not fit.
     """
-    launch.check_float(x_BCHW, x_BCHW=x_BCHW, weight_C=weight_C, bias_C=bias_C)
-    if x_BCHW.ndim < 3:
-        raise ValueError(f"x_BCHW: shape {tuple(x_BCHW.shape)}, expected (B, C, ...)")
-    C = x_BCHW.shape[1]
-    if groups < 1 or C % groups:
-        raise ValueError(f"groups={groups}: expected a divisor of the {C} channels")
-    launch.check_shape((C,), weight_C=weight_C, bias_C=bias_C)
-    launch.check_contiguous(weight_C=weight_C, bias_C=bias_C)
+    check_groups(x_BCHW, weight_C, bias_C, groups)
     last = is_channels_last("x_BCHW", x_BCHW)
     if not launch.runs_triton(impl, x_BCHW):
         return group_norm_reference(x_BCHW, weight_C, bias_C, groups, eps, silu=silu)
@@ -198,22 +191,39 @@ def group_norm(
     return y_BCHW
 
 
+def check_groups(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int) -> None:
+    launch.check_float(x_BCHW, x_BCHW=x_BCHW, weight_C=weight_C, bias_C=bias_C)
+    if x_BCHW.ndim < 3:
+        raise ValueError(f"x_BCHW: shape {tuple(x_BCHW.shape)}, expected (B, C, ...)")
+    C = x_BCHW.shape[1]
+    if groups < 1 or C % groups:
+        raise ValueError(f"groups={groups}: expected a divisor of the {C} channels")
+    launch.check_shape((C,), weight_C=weight_C, bias_C=bias_C)
+    launch.check_contiguous(weight_C=weight_C, bias_C=bias_C)
+
+
 def _normalise_groups(
     x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, y_BCHW: Tensor, groups: int, eps: float, silu: bool
 ) -> None:
-    B, C = x_BCHW.shape[:2]
-    G, HW = B * groups, x_BCHW[0, 0].numel()
-    N = C // groups * HW
+    (B, C), HW = x_BCHW.shape[:2], x_BCHW[0, 0].numel()
     tiles = launch.tile("group_norm", channels_last=0)
-    max_parts, block, options = tiles.pop("MAX_PARTS"), tiles.pop("BLOCK"), {"enable_fp_fusion": True, **tiles}
-    parts = min(max_parts, triton.cdiv(N, PASSES_PER_PART * block))
-    span = triton.cdiv(triton.cdiv(N, parts), block) * block
-    moments = x_BCHW.new_empty(G, parts, 3, dtype=torch.float32)
-    _moments_kernel[(G, parts)](x_BCHW, moments, N, span, BLOCK=block, **options)
-    _normalise_kernel[(B * C, triton.cdiv(HW, block))](
-        x_BCHW, moments, weight_C, bias_C, y_BCHW, HW, C, C // groups, parts, eps,
-        SILU=silu, MAX_PARTS=max_parts, BLOCK=block, **options,
+    moments = moments_of_parts(x_BCHW, groups, tiles)
+    _normalise_kernel[(B * C, triton.cdiv(HW, tiles["BLOCK"]))](
+        x_BCHW, moments, weight_C, bias_C, y_BCHW, HW, C, C // groups, moments.shape[1], eps,
+        SILU=silu, enable_fp_fusion=True, **tiles,
     )  # fmt: skip
+
+
+def moments_of_parts(x_BCHW: Tensor, groups: int, tiles: launch.Tile) -> Tensor:
+    """Count, mean and sum of squared deviations of parts of every group: (G, parts, 3), fp32, of a contiguous x."""
+    (B, C), block = x_BCHW.shape[:2], tiles["BLOCK"]
+    N = C // groups * x_BCHW[0, 0].numel()
+    parts = min(tiles["MAX_PARTS"], triton.cdiv(N, PASSES_PER_PART * block))
+    span = triton.cdiv(triton.cdiv(N, parts), block) * block
+    options = {name: value for name, value in tiles.items() if name != "MAX_PARTS"}
+    moments = x_BCHW.new_empty(B * groups, parts, 3, dtype=torch.float32)
+    _moments_kernel[(B * groups, parts)](x_BCHW, moments, N, span, enable_fp_fusion=True, **options)
+    return moments
 
 
 def _normalise_pixels(

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from PIL.Image import Image
 from torch import Tensor, nn
 
 AttentionFn = Callable[..., Tensor]
-"""`attention(q_BLHK, k_BLHK, v_BLHK, *, out=None) -> out_BLHK`; the runtime chooses the backend behind it."""
+"""`attention(q_BLHK, k_BLHK, v_BLHK, *, out=None) -> out_BLHK`; the runtime chooses the backend behind it.
+
+A `Split` over ranks that pass keys on asks for `return_lse=True` as well: (out_BLHK, lse_BHL), natural logarithms of
+the softmax sums, contiguous and in fp32.
+"""
 
 Tensors = Any
 """Tensors in tuples, lists and dataclasses, which may hold plain numbers too."""
@@ -88,6 +92,30 @@ class OneRank:
 
 
 ONE_RANK = OneRank()
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How ranks share the weights of a linear layer (tensor parallelism: Shoeybi et al. 2019, arXiv 1909.08053).
+
+    Every rank has some of its outputs, or reads some of its inputs, of which ranks then sum what they get. A module
+    declares it for the layers that it names: `tensor_parallel = {"to_qkv": outputs(1, 1, 1), "to_out.0": inputs()}`.
+    Where it has a `head_dim`, no head is cut.
+
+    Attributes:
+        parts: shares of the layer's outputs or inputs, which lie side by side; a rank has its run of each.
+    """
+
+    of: Literal["outputs", "inputs"]
+    parts: tuple[int, ...]
+
+
+def outputs(*parts: int) -> Spread:
+    return Spread("outputs", parts or (1,))
+
+
+def inputs(*parts: int) -> Spread:
+    return Spread("inputs", parts or (1,))
 
 
 @dataclass(frozen=True)
@@ -265,6 +293,10 @@ class Family(Protocol):
     @classmethod
     def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:
         """Whether requests to such a checkpoint may hold pictures, which its VAE's encoder is for."""
+
+    @classmethod
+    def attention_heads(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        """Of every denoiser's attention: what ranks that share a sequence or weights share."""
 
     @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:

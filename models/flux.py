@@ -33,6 +33,8 @@ from sgl_diffusion.models.family import (
     Split,
     check_step,
     eager,
+    inputs,
+    outputs,
 )
 from sgl_diffusion.models.layers import (
     FeedForward,
@@ -119,6 +121,7 @@ class SingleBlock(nn.Module):
     """One GEMM in (Q, K, V and MLP), one GEMM out over [attention, GELU(MLP)] written side by side."""
 
     packed = {"attn.to_qkv_mlp": {"attn.to_q": 1, "attn.to_k": 1, "attn.to_v": 1, "proj_mlp": MLP_RATIO}}
+    tensor_parallel = {"attn.to_qkv_mlp": outputs(1, 1, 1, MLP_RATIO), "proj_out": inputs(1, MLP_RATIO)}
 
     def __init__(self, config: FluxConfig, attention: AttentionFn, split: Split) -> None:
         super().__init__()
@@ -278,6 +281,10 @@ class Flux1:
     @classmethod
     def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:
         return False
+
+    @classmethod
+    def attention_heads(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        return read_config(FluxConfig, configs["transformer"]).num_attention_heads
 
     @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:

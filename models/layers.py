@@ -15,7 +15,7 @@ from sgl_diffusion.kernels.modulation import modulation
 from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.kernels.residual import gate_residual, residual_norm
-from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split
+from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, outputs
 
 # B batch  T text tokens  I image tokens  L = T + I  R = B * L rows  H heads  K head dim  D = H * K width
 # P = K / 2 rotary pairs  G groups of rows with one modulation
@@ -133,6 +133,8 @@ class RMSNormWeight(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a tanh GELU between them; names as `FeedForward.net` of diffusers."""
 
+    tensor_parallel = {"net.0.proj": outputs(), "net.2": inputs()}
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         up, down = Linear(width, hidden), Linear(hidden, width)
@@ -240,6 +242,12 @@ class JointAttention(nn.Module):
     packed = {
         "to_qkv": {"to_q": 1, "to_k": 1, "to_v": 1},
         "add_qkv_proj": {"add_q_proj": 1, "add_k_proj": 1, "add_v_proj": 1},
+    }
+    tensor_parallel = {
+        "to_qkv": outputs(1, 1, 1),
+        "add_qkv_proj": outputs(1, 1, 1),
+        "to_out.0": inputs(),
+        "to_add_out": inputs(),
     }
 
     def __init__(

@@ -13,7 +13,54 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from sgl_diffusion.models.family import Execute
+from sgl_diffusion.models.family import Execute, Spread, inputs, outputs
+
+
+@dataclass(frozen=True)
+class Shared:
+    """How ranks share a module of transformers, as `models.family.Spread`.
+
+    Attributes:
+        layers: those that it has of these.
+        head_dim: attribute with the width of a head, which is not cut; None where there are no heads.
+        counts: attributes that are numbers of heads.
+    """
+
+    layers: Mapping[str, Spread]
+    head_dim: str | None = None
+    counts: tuple[str, ...] = ()
+
+
+def _attention(q: str, k: str, v: str, out: str) -> Shared:
+    return Shared({q: outputs(), k: outputs(), v: outputs(), out: inputs()}, "head_dim")
+
+
+_T5_ATTENTION = Shared(
+    {"q": outputs(), "k": outputs(), "v": outputs(), "o": inputs(), "relative_attention_bias": outputs()},
+    "key_value_proj_dim",
+    ("n_heads",),
+)
+_T5_MLP = Shared({"wi": outputs(), "wi_0": outputs(), "wi_1": outputs(), "wo": inputs()})
+_GATED_MLP = Shared({"gate_proj": outputs(), "up_proj": outputs(), "down_proj": inputs()})
+
+SHARED: Mapping[str, Shared] = {
+    "T5Attention": _T5_ATTENTION,
+    "T5DenseActDense": _T5_MLP,
+    "T5DenseGatedActDense": _T5_MLP,
+    "UMT5Attention": _T5_ATTENTION,
+    "UMT5DenseActDense": _T5_MLP,
+    "UMT5DenseGatedActDense": _T5_MLP,
+    "CLIPAttention": _attention("q_proj", "k_proj", "v_proj", "out_proj"),
+    "CLIPMLP": Shared({"fc1": outputs(), "fc2": inputs()}),
+    "Qwen2_5_VLAttention": _attention("q_proj", "k_proj", "v_proj", "o_proj"),
+    "Qwen2MLP": _GATED_MLP,
+    "Qwen3Attention": _attention("q_proj", "k_proj", "v_proj", "o_proj"),
+    "Qwen3MLP": _GATED_MLP,
+    "MistralAttention": _attention("q_proj", "k_proj", "v_proj", "o_proj"),
+    "MistralMLP": _GATED_MLP,
+}
+"""By the class of a module in an encoder of transformers. Vision towers of language models, which read no prompt, are
+not among them."""
 
 
 class PromptTooLong(ValueError):

@@ -140,11 +140,6 @@ class DeviceOptions(Options):
         unset="what is free on a GPU",
         ge=1,
     )
-    num_gpus: int = option(1, "Devices used by one request. This version runs on one.", ge=1, le=1)
-    tp_size: int | None = option(None, "Tensor parallelism. This version runs on one device.", unset="1", ge=1, le=1)
-    sp_degree: int | None = option(
-        None, "Sequence parallelism. This version runs on one device.", aliases=["sp_size"], unset="1", ge=1, le=1
-    )
     performance_mode: Literal["manual", "auto", "speed", "memory"] = option(
         "auto",
         "`memory`: VAE tiling and slicing, and on a GPU every component offloaded; `speed`: none of it; "
@@ -152,6 +147,32 @@ class DeviceOptions(Options):
         "`manual`: only what other flags say.",
         aliases=["mode"],
     )
+
+
+class ParallelOptions(Options):
+    """Several GPUs"""
+
+    num_gpus: int | None = option(None, "GPUs of all hosts together.", unset="the product of the degrees", ge=1)
+    sp_degree: int | None = option(
+        None, "Ranks that share a sequence.", aliases=["sp_size"], unset="ulysses x ring, or all that are left", ge=1
+    )
+    ulysses_degree: int | None = option(None, "Of these, how many exchange heads for tokens.", unset="derived", ge=1)
+    ring_degree: int | None = option(None, "How many pass keys and values around.", unset="derived", ge=1)
+    enable_cfg_parallel: bool = option(False, "The two branches of guidance on two groups of ranks.")
+    tp_size: int | None = option(None, "Ranks that share text encoders' and denoiser's weights.", unset="1", ge=1)
+    dp_size: int | None = option(
+        None, "Replicas, each with requests (serve) or results (generate) of its own.",
+        aliases=["dp_degree"], unset="1", ge=1,
+    )  # fmt: skip
+    vae_sp: bool = option(False, "Decode on all ranks, each with rows of its own.")
+    use_fsdp_inference: bool = option(False, "Ranks keep shares of the denoiser, and gather a layer while it computes.")
+    sp_communication: Literal["model", "fp8"] = option(
+        "model", "How heads travel between ranks: in the model's dtype, or in half of bf16's bytes, which is not exact."
+    )
+    nnodes: int = option(1, "Hosts.", ge=1)
+    node_rank: int = option(0, "Which of the hosts this one is, from 0.", ge=0)
+    dist_init_addr: str | None = option(None, "HOST:PORT, free on the first host.", unset="this host's")
+    dist_timeout: float = option(600.0, "Seconds until a rank that others wait for is given up.", gt=0)
 
 
 class PrecisionOptions(Options):
@@ -262,6 +283,7 @@ class LogOptions(Options):
 class ServerArgs(
     ModelOptions,
     DeviceOptions,
+    ParallelOptions,
     PrecisionOptions,
     VaeOptions,
     OffloadOptions,
@@ -470,7 +492,5 @@ def one_line(error: ValidationError) -> str:
         "model_type": "expected keys and values",
         "extra_forbidden": "is not a known key",
     }.get(first["type"], first["msg"].replace("{", "{{").replace("}", "}}"))
-    if first["type"] == "less_than_equal" and field in ("num_gpus", "tp_size", "sp_degree"):
-        told = "this version runs on one device"
     value = json.dumps(first["input"]) if isinstance(first["input"], bool) else str(first["input"])
     return f"{field}={value if len(value) <= 200 else value[:200] + '...'}: {told.format(**context)}"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import difflib
 import functools
 import importlib.util
+import inspect
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -30,12 +32,17 @@ HALF = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True)
 class Case:
-    """What a backend has to be able to run. `head_dim` and `keys` are None while they are not known yet."""
+    """What a backend has to be able to run. `head_dim` and `keys` are None while they are not known yet.
+
+    Attributes:
+        lse: each query's log-sum-exp is asked for as well, by which attentions over different keys become one.
+    """
 
     device: torch.device
     dtype: torch.dtype
     head_dim: int | None = None
     keys: int | None = None  # that every query attends to
+    lse: bool = False
 
     def not_on_a_gpu(self) -> list[str]:
         return [] if self.device.type == "cuda" else [f"needs an NVIDIA GPU, the device is {self.device}"]
@@ -57,8 +64,13 @@ class Backend(Protocol):
         """Why this backend cannot run the case; empty if it can."""
 
     @property
-    def run(self) -> Callable[..., Tensor]:
-        """`run(q_BLHK, k_BLHK, v_BLHK, *, out=None, **settings) -> out_BLHK`."""
+    def run(self) -> Callable[..., Any]:
+        """`run(q_BLHK, k_BLHK, v_BLHK, *, out=None, return_lse=False, **settings)` -> out_BLHK; with `return_lse`,
+        (out_BLHK, lse_BHL): natural logarithms of the softmax sums, contiguous and in fp32."""
+
+
+Result = Tensor | tuple[Tensor, Tensor]
+"""What an attention returns, without and with log-sum-exps."""
 
 
 class TorchSdpa:
@@ -70,8 +82,34 @@ class TorchSdpa:
     def reasons(self, case: Case) -> list[str]:
         return []
 
-    def run(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
-        return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl="torch")
+    def run(
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
+    ) -> Result:
+        if not return_lse:
+            return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl="torch")
+        fused = _fused_with_lse(*(x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK)))
+        if fused is None:
+            return attention(q_BLHK, k_BLHK, v_BLHK, out=out, return_lse=True, impl="torch")
+        return _placed(fused[0].transpose(1, 2), out), fused[1].contiguous()
+
+
+def _fused_with_lse(q_BHQK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor) -> tuple[Tensor, Tensor] | None:
+    """What PyTorch's fused kernels compute, whose log-sum-exps its public function drops; None if none takes this."""
+    aten, Q, K = torch.ops.aten, *q_BHQK.shape[2:]
+    if not q_BHQK.is_cuda:  # shapes alone, too: no kernel holds a matrix of all scores
+        return aten._scaled_dot_product_flash_attention_for_cpu(q_BHQK, k_BHSK, v_BHSK)  # type: ignore[no-any-return]
+    asked = torch.backends.cuda.SDPAParams(q_BHQK, k_BHSK, v_BHSK, None, 0.0, False, False)
+    if K % 8 == 0 and torch.backends.cuda.can_use_flash_attention(asked):
+        out, lse, *_ = aten._scaled_dot_product_flash_attention(q_BHQK, k_BHSK, v_BHSK)
+        return out, lse
+    if K % 8 == 0 and torch.backends.cuda.can_use_efficient_attention(asked):
+        out, lse, *_ = aten._scaled_dot_product_efficient_attention(q_BHQK, k_BHSK, v_BHSK, None, True)
+        return out, lse[..., :Q]  # filled up to a multiple of 32
+    return None
+
+
+def _placed(result: Tensor, out: Tensor | None) -> Tensor:
+    return result if out is None else out.copy_(result)
 
 
 class Cudnn:
@@ -88,11 +126,17 @@ class Cudnn:
             why.append("PyTorch has no cuDNN here")
         return why
 
-    def run(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def run(
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
+    ) -> Result:
         q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
+        if return_lse:
+            result, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True)
+            # PyTorch versions differ in whether a last dimension of 1 follows
+            return _placed(result.transpose(1, 2), out), lse.reshape(q.shape[:3])
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            result = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
-        return result if out is None else out.copy_(result)
+            result = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1])
+        return _placed(result.transpose(1, 2), out)
 
 
 class Triton:
@@ -104,7 +148,11 @@ class Triton:
     def reasons(self, case: Case) -> list[str]:
         return case.not_on_a_gpu() + case.head_dim_outside(MIN_HEAD_DIM, MAX_HEAD_DIM)
 
-    def run(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def run(
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
+    ) -> Result:
+        if return_lse:
+            return attention(q_BLHK, k_BLHK, v_BLHK, out=out, return_lse=True, impl="triton")
         return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl="triton")
 
 
@@ -120,11 +168,15 @@ class FlashAttention:
             why.append("the package flash-attn is not installed (pip install 'sgl-diffusion[flash-attn]')")
         return why
 
-    def run(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
+    def run(
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
+    ) -> Result:
         from flash_attn import flash_attn_func
 
-        result: Tensor = flash_attn_func(q_BLHK, k_BLHK, v_BLHK)
-        return result if out is None else out.copy_(result)
+        if not return_lse:
+            return _placed(flash_attn_func(q_BLHK, k_BLHK, v_BLHK), out)
+        result, lse, _ = flash_attn_func(q_BLHK, k_BLHK, v_BLHK, return_attn_probs=True)
+        return _placed(result, out), lse.contiguous()
 
 
 class SageAttention:
@@ -137,15 +189,30 @@ class SageAttention:
         why = case.not_on_a_gpu() + case.not_half() + case.head_dim_outside(8, 128)
         if importlib.util.find_spec("sageattention") is None:
             why.append("the package sageattention is not installed (pip install sageattention)")
+        elif case.lse and not why:
+            from sageattention import sageattn
+
+            if "return_lse" not in inspect.signature(sageattn).parameters:
+                why.append("this version of sageattention gives no log-sum-exps, which a ring needs; use ulysses alone")
         return why
 
     def run(
-        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, smooth_k: bool = True
-    ) -> Tensor:
+        self,
+        q_BLHK: Tensor,
+        k_BLHK: Tensor,
+        v_BLHK: Tensor,
+        *,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+        smooth_k: bool = True,
+    ) -> Result:
         from sageattention import sageattn
 
-        result: Tensor = sageattn(q_BLHK, k_BLHK, v_BLHK, tensor_layout="NHD", smooth_k=smooth_k)
-        return result if out is None else out.copy_(result)
+        how = {"tensor_layout": "NHD", "smooth_k": smooth_k}
+        if not return_lse:
+            return _placed(sageattn(q_BLHK, k_BLHK, v_BLHK, **how), out)
+        result, lse = sageattn(q_BLHK, k_BLHK, v_BLHK, return_lse=True, **how)
+        return _placed(result, out), lse.float().contiguous()
 
 
 BACKENDS: Mapping[str, Backend] = {
@@ -193,17 +260,26 @@ class Attention:
     ) -> None:
         self.component, self.requested = component, requested
         self.device, self.dtype = device, dtype
-        self._chosen: dict[tuple[int, int], Backend] = {}  # by head dim and keys
+        self._chosen: dict[tuple[int, int, bool], Backend] = {}  # by head dim, keys and whether log-sum-exps are asked
         backend = None if requested is None else pick(component, requested, Case(device, dtype))
         self._settings = read_settings(backend, config or {})
 
-    def __call__(self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
-        shape = head_dim, keys = q_BLHK.shape[-1], k_BLHK.shape[1]
+    def __call__(
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
+    ) -> Any:
+        """`out`, or a new tensor like q; with `return_lse`, (out_BLHK, lse_BHL), natural logarithms in fp32.
+
+        Without a key, or a query, out is 0 and lse -inf.
+        """
+        if not (q_BLHK.numel() and k_BLHK.numel()):
+            return _of_nothing(q_BLHK, out, return_lse)
+        shape = head_dim, keys, lse = q_BLHK.shape[-1], k_BLHK.shape[1], return_lse
         backend = self._chosen.get(shape)
         if backend is None:
-            backend = pick(self.component, self.requested, Case(self.device, self.dtype, head_dim, keys))
+            backend = pick(self.component, self.requested, Case(self.device, self.dtype, head_dim, keys, lse))
             self._chosen[shape] = backend
-        return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, **self._settings)
+        asked = {"return_lse": True} if return_lse else {}
+        return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, **asked, **self._settings)
 
     @property
     def used(self) -> str | None:
@@ -211,8 +287,15 @@ class Attention:
         names = list(dict.fromkeys(backend.name for backend in self._chosen.values()))
         if len(names) < 2:
             return names[0] if names else None
-        keys = {name: sorted({k for (_, k), b in self._chosen.items() if b.name == name}) for name in names}
+        keys = {name: sorted({k for (_, k, _), b in self._chosen.items() if b.name == name}) for name in names}
         return "; ".join(f"{name} for {', '.join(map(str, keys[name]))} keys" for name in names)
+
+
+def _of_nothing(q_BLHK: Tensor, out: Tensor | None, return_lse: bool) -> Result:
+    """Attention that no query, or no key, takes part in, which PyTorch's kernels for the CPU crash on."""
+    out = torch.zeros_like(q_BLHK) if out is None else out.zero_()
+    B, L, H, _ = q_BLHK.shape
+    return (out, q_BLHK.new_full((B, H, L), -math.inf, dtype=torch.float32)) if return_lse else out
 
 
 def shape_only_attention(component: str, requested: str | None, device: torch.device) -> AttentionFn:
@@ -220,9 +303,12 @@ def shape_only_attention(component: str, requested: str | None, device: torch.de
     it, else PyTorch's. Calls raise as `Attention` does.
     """
 
-    def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
-        chosen = pick(component, requested, Case(device, q_BLHK.dtype, q_BLHK.shape[-1], k_BLHK.shape[1]))
-        return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl="triton" if chosen.name == Triton.name else "torch")
+    def attend(
+        q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
+    ) -> Any:
+        case = Case(device, q_BLHK.dtype, q_BLHK.shape[-1], k_BLHK.shape[1], return_lse)
+        ours = pick(component, requested, case).name == Triton.name
+        return BACKENDS["triton" if ours else "torch_sdpa"].run(q_BLHK, k_BLHK, v_BLHK, out=out, return_lse=return_lse)
 
     return attend
 

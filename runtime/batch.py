@@ -7,7 +7,7 @@ each is computed by itself, within the same captured step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,11 +26,15 @@ class Neighbours:
     An order of additions is an algorithm's, whatever the numbers: where all of a batch's values agree once, they do so
     again.
 
+    Args:
+        all_agree: by stage, asks the ranks that compute it together whether all of them found so.
+
     Attributes:
         took: how batches were computed since it was cleared, by stage.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, all_agree: Mapping[str, Callable[[bool], bool]] | None = None) -> None:
+        self._all_agree = all_agree or {}
         self._agree: dict[tuple[Hashable, ...], bool] = {}
         self.took: dict[str, str] = {}
 
@@ -82,7 +86,8 @@ class Neighbours:
         key = stage, *shape
         if key not in self._agree:
             whole, parts = together(), alone()
-            self._agree[key] = whole.is_meta or torch.equal(whole, parts)  # shapes alone have no bits to differ
+            agree = whole.is_meta or torch.equal(whole, parts)  # shapes alone have no bits to differ
+            self._agree[key] = self._all_agree.get(stage, bool)(agree)
         self._note(stage, TOGETHER if self._agree[key] else "one by one: together, bits differ")
         return self._agree[key]
 

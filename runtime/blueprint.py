@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,9 +11,12 @@ from torch import nn
 
 from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.models.config import ConfigError
-from sgl_diffusion.models.family import ENCODERS, SETTINGS, AttentionFn, Defaults, Family
+from sgl_diffusion.models.family import ENCODERS, ONE_RANK, SETTINGS, AttentionFn, Defaults, Family, Split
 from sgl_diffusion.runtime.attention import shape_only_attention
 from sgl_diffusion.runtime.encoders import dummy_encoder, read_processor
+from sgl_diffusion.runtime.parallel.mesh import ONE, Mesh
+from sgl_diffusion.runtime.parallel.tensor import share_denoiser
+from sgl_diffusion.runtime.parallel.usp import Usp
 from sgl_diffusion.runtime.plan import Plan
 from sgl_diffusion.runtime.schedulers import DMD, Sampler, read_scheduler
 
@@ -36,10 +39,16 @@ class Blueprint:
     defaults: Defaults
     plan: Plan
     vae_options: Mapping[str, Any]
+    mesh: Mesh = ONE  # of ranks that are not there, for plans
 
     @property
     def kinds(self) -> Mapping[str, str]:
         return kinds_of(self.family, self.configs)
+
+    @property
+    def split(self) -> Split:
+        """Of the denoisers' tokens."""
+        return ONE_RANK if self.mesh.sp.size == 1 else Usp.of(self.mesh, self.plan.sp_communication)
 
     def module(self, key: str, attention: AttentionFn) -> nn.Module:
         """The native module of a component, of shapes alone ("meta") and in fp32.
@@ -50,7 +59,10 @@ class Blueprint:
         options = self.vae_options if self.kinds[key] == "vae" else {}
         try:
             with torch.device("meta"):
-                return self.family.build(key, self.configs[key], attention, options).eval().requires_grad_(False)
+                module = self.family.build(key, self.configs[key], attention, options, self.split)
+                if self.kinds[key] == "denoiser":
+                    share_denoiser(key, module, self.mesh.tp)
+                return module.eval().requires_grad_(False)
         except ConfigError as e:
             raise ConfigError(f"{key}: {e}") from e
 
@@ -82,11 +94,14 @@ class Blueprint:
     def shape_only_parts(self, attention_of: Callable[[str], AttentionFn]) -> dict[str, Any]:
         """Denoisers, VAEs and encoders by component, of true size and dtype and without memory ("meta")."""
         parts: dict[str, Any] = {}
+        planned = replace(self, mesh=Mesh.stand_in(self.mesh.layout))  # nothing is sent for shapes
         for key, kind in self.kinds.items():
             if kind in ("denoiser", "vae"):
-                parts[key] = self.module(key, attention_of(key)).to(self.plan.dtypes[key])
+                parts[key] = planned.module(key, attention_of(key)).to(self.plan.dtypes[key])
             elif kind in ENCODERS:
-                encoder = dummy_encoder(key, self.configs[key], torch.device("meta"), self.plan.dtypes[key], None)
+                encoder = dummy_encoder(
+                    key, self.configs[key], torch.device("meta"), self.plan.dtypes[key], None, planned.mesh.tp
+                )
                 parts[key] = encoder.eval()
             elif kind == "image_processor":
                 parts[key] = read_processor(key, self.configs[key])

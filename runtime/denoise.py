@@ -61,22 +61,27 @@ class EulerStep:
     """x' = x + (sigma' - sigma) * velocity, a pure function of tensors on one device.
 
     With a negative branch, the velocity is negative + scale * (positive - negative): classifier-free guidance
-    (Ho & Salimans 2022), combined by the kernel that takes the step. `keeps_norm` as of a family.
+    (Ho & Salimans 2022), combined by the kernel that takes the step. `keeps_norm` as of a family. With `gather`, the
+    branches are on two ranks: `positive` is the one that is here, and `gather` gives the velocities of both.
     """
 
     positive: Callable[..., Tensor]
     negative: Callable[..., Tensor] | None = None
     keeps_norm: bool = False
+    gather: Callable[[Tensor], Tensor] | None = None
 
     def __call__(
         self, x: Tensor, dt: Tensor, scale: Tensor, positive: Tensors, negative: Tensors = None
     ) -> tuple[Tensor, Tensor]:
         """The state after the step, and the velocity. dt and scale are 0-d in fp32; the rest is for the branches."""
         velocity = self.positive(x, *positive)
-        if self.negative is None:
+        if self.gather is not None:
+            velocity, against = self.gather(velocity)
+        elif self.negative is not None:
+            against = self.negative(x, *negative)
+        else:
             return guided_euler_step(x, velocity, dt), velocity
         guided = torch.empty_like(velocity)
-        against = self.negative(x, *negative)
         x = guided_euler_step(
             x, velocity, dt, negative=against, scale=scale, per_token_norm=self.keeps_norm, velocity_out=guided
         )
@@ -123,6 +128,7 @@ def integrate(
     execute: Execute = eager,
     *,
     keeps_norm: bool = False,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[Step]:
     """Takes those of some steps that are left, and gives a `Step` after each; the next range goes on from its state.
 
@@ -133,13 +139,14 @@ def integrate(
         scale: of guidance, with a negative.
         noise: fresh; `schedule.noises` tensors like x, whatever the range.
         keeps_norm: as of the family.
+        gather: as of `EulerStep`, for a positive that is whichever branch is here.
     Raises:
         ValueError: there are more of them, or fewer.
     """
     if len(noise) != schedule.noises:
         raise ValueError(f"noise: {len(noise)} tensors, expected {schedule.noises}")
     x, history, device = state.x, state.history, state.x.device
-    euler = EulerStep(positive.call, negative.call if negative else None, keeps_norm)
+    euler = EulerStep(positive.call, negative.call if negative else None, keeps_norm, gather)
     multistep = MultistepStep(euler)
     branches = [branch for branch in (positive, negative) if branch is not None]
     strength = torch.tensor(scale, dtype=torch.float32, device=device)

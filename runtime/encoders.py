@@ -12,11 +12,16 @@ import transformers
 from torch import Tensor, nn
 
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.reading import Loader, LoadTimes, Stored, stored_tensors
+from sgl_diffusion.runtime.parallel.group import Group
+from sgl_diffusion.runtime.parallel.mesh import ONE
+from sgl_diffusion.runtime.parallel.tensor import share_encoder
+from sgl_diffusion.runtime.reading import Loader, LoadTimes, Run, Stored, stored_tensors
 from sgl_diffusion.runtime.weights import some, weight_files
 
 if TYPE_CHECKING:
     from sgl_diffusion.runtime.offload import DeviceStreams
+
+CPU = torch.device("cpu")
 
 # our backend names -> transformers' attention implementations
 IMPLEMENTATIONS = {"torch_sdpa": "sdpa", "eager": "eager"}
@@ -27,18 +32,21 @@ class _Unread:
     """Stands in for a tensor in the state dict that `from_pretrained` is given.
 
     transformers knows the names of old checkpoints, which weights stay in fp32 and which are tied. It takes all of a
-    tensor (`tensor[...]`) and moves it to the device and dtype it is to have: that move is the read.
+    tensor (`tensor[...]`) and moves it to the device and dtype it is to have: that move is the read. Without a loader,
+    it stays a view of the mapped file where that has the dtype.
     """
 
     stored: Stored
-    loader: Loader
+    loader: Loader | None
 
     def __getitem__(self, all_of_it: Any) -> Self:
         return self
 
     def to(self, device: torch.device, dtype: torch.dtype) -> Tensor:
+        if self.loader is None:
+            return self.stored.mapped().to(dtype)
         tensor = torch.empty(self.stored.shape, device=device, dtype=dtype)
-        self.loader.load([(self.stored, tensor)])
+        self.loader.load([(Run(self.stored), tensor)])
         return tensor
 
 
@@ -50,11 +58,16 @@ def load_encoder(
     dtype: torch.dtype,
     attention: str | None,
     streams: DeviceStreams | None = None,
+    tp: Group = ONE.tp,
 ) -> tuple[LoadTimes, Any]:
     """The encoder named by `architectures` in its config, which is `model_index.json`'s word for it.
 
+    Args:
+        tp: ranks that share its weights. Each maps the files and copies its own out of them, without the readers: the
+            others' are not read, and are never on the device.
     Raises:
-        UserError: an unknown class, a corrupt file, missing or mis-shaped weights, an attention backend it refuses.
+        UserError: an unknown class, a corrupt file, missing or mis-shaped weights, an attention backend it refuses, an
+            architecture that ranks cannot share.
     """
     cls = _encoder_class(key, config)
     stored = [tensor for path in _encoder_files(folder) for tensor in stored_tensors(path)]
@@ -64,9 +77,9 @@ def load_encoder(
             encoder, info = cls.from_pretrained(
                 None,
                 config=cls.config_class.from_pretrained(folder, local_files_only=True),
-                state_dict={tensor.name: _Unread(tensor, loader) for tensor in stored},
+                state_dict={tensor.name: _Unread(tensor, loader if tp.size == 1 else None) for tensor in stored},
                 dtype=dtype,
-                device_map={"": device},
+                device_map={"": device if tp.size == 1 else CPU},
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are told below, by name
                 **_attention_option(key, attention),
@@ -78,6 +91,10 @@ def load_encoder(
     if any(problems.values()):
         told = "; ".join(f"{kind} weights: {some(sorted(names))}" for kind, names in problems.items() if names)
         raise UserError(f"{folder}: {told}")
+    if tp.size > 1:
+        share_encoder(key, encoder, tp)
+        encoder._apply(lambda t: t.to(device, copy=True))  # out of the mapped files, which may change
+        loader.times.bytes_read = sum(p.nbytes for p in encoder.parameters())
     return loader.times, encoder
 
 
@@ -93,8 +110,13 @@ def dummy_encoder(
     device: torch.device,
     dtype: torch.dtype,
     attention: str | None,
+    tp: Group = ONE.tp,
 ) -> nn.Module:
-    """The encoder of a config at true shape; the caller fills its weights."""
+    """The encoder of a config at true shape, or a rank's share of it; the caller fills its weights.
+
+    Raises:
+        UserError: as `load_encoder`.
+    """
     cls = _encoder_class(key, config)
     values = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
     before = torch.get_default_dtype()
@@ -104,6 +126,7 @@ def dummy_encoder(
             encoder: nn.Module = cls._from_config(cls.config_class(**values), **_attention_option(key, attention))
     finally:
         torch.set_default_dtype(before)
+    share_encoder(key, encoder, tp)
     return encoder
 
 

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,9 @@ from sgl_diffusion.runtime.output import (
     save_trace,
     trace_path,
 )
+from sgl_diffusion.runtime.parallel.lockstep import ALONE, DrawOrder, Lockstep, WarmUpOrder
+from sgl_diffusion.runtime.parallel.mesh import Mesh, process_group
+from sgl_diffusion.runtime.parallel.ranks import started_ranks
 from sgl_diffusion.runtime.pipeline import DecodeFailure, NativePipeline
 from sgl_diffusion.runtime.prewarm import throw_away_requests
 from sgl_diffusion.runtime.reading import READERS
@@ -67,15 +70,23 @@ log = logging.getLogger("sgl_diffusion")
 class Engine:
     """A model ready to draw. `backend` is the native pipeline or the diffusers one; both answer to the same calls."""
 
-    def __init__(self, args: ServerArgs, model: Resolved, backend: NativePipeline | DiffusersPipeline) -> None:
+    def __init__(
+        self,
+        args: ServerArgs,
+        model: Resolved,
+        backend: NativePipeline | DiffusersPipeline,
+        lockstep: Lockstep = ALONE,
+        ranks: ExitStack | None = None,
+    ) -> None:
         self.args, self.model, self.backend = args, model, backend
+        self.lockstep, self._ranks = lockstep, ranks or ExitStack()
         self.device = backend.plan.device
         self.warmed_up: dict[str, Any] | None = None  # what a warm-up did, for the report
         self.load_report: LoadReport | None = None
 
     @classmethod
     def load(cls, args: ServerArgs, like: SamplingParams | None = None) -> Engine:
-        """Loads the model the arguments name.
+        """Loads the model the arguments name. Of several ranks, all call this, and all but the first then `follow`.
 
         Args:
             like: the request that has to fit into memory beside the weights, and that a warm-up takes after, if there
@@ -83,20 +94,25 @@ class Engine:
         Raises:
             UserError: the model cannot be found, read or run as asked.
         """
+        if args.num_gpus is None and started_ranks() > 1:
+            args = args.model_copy(update={"num_gpus": started_ranks()})
         started = time.perf_counter()
         first, latents = (None, None) if like is None else resumed(like, args)
         throw_away = throw_away_requests(args, first or SamplingParams(prompt=["a warm-up"]))
         keep_compiled_code()
         compilations()  # counted from here on
         model = resolve(args, ([first] if first else []) + throw_away)
-        engine = cls(args, model, _build(model, args, _plan_memory(model, args, first, latents is not None)))
+        memory = _plan_memory(model, args, first, latents is not None)
+        with ExitStack() as ranks:
+            lockstep, model = _join(model, args, ranks)
+            engine = cls(args, model, _build(model, args, memory, lockstep), lockstep, ranks.pop_all())
         backend, now = engine.backend, time.perf_counter()
         components = backend.loaded if isinstance(backend, NativePipeline) else {}
         engine.load_report = load = LoadReport(
             wall_ms=(now - started) * 1000, warm_up_ms=0.0, readers=READERS, components=components
         )
         log.info("loaded %s with the %s backend (%s): %s", args.model_path, backend.name, model.why, load.summary())
-        if throw_away:
+        if throw_away and lockstep.is_first:
             engine.warm_up(throw_away)
             load.wall_ms = (time.perf_counter() - started) * 1000
             load.warm_up_ms = (time.perf_counter() - now) * 1000
@@ -109,14 +125,44 @@ class Engine:
             UserError: a request that this model cannot honour.
         """
         started, before = time.perf_counter(), compilations()
+        self.lockstep.give(WarmUpOrder(len(requests)))
         with self.backend.warming_up(len(requests)):
             reports = [self.run(request).report for request in requests]
+        self.lockstep.give(WarmUpOrder(None))
         self.warmed_up = {
             "sizes": [report.effective.get("size") for report in reports],
             "duration_ms": (time.perf_counter() - started) * 1000,
             "compilations": asdict(compilations() - before),
         }
         log.info("warmed up in %.1f s: %s", time.perf_counter() - started, self.warmed_up["compilations"])
+
+    # -- several ranks --------------------------------------------------------------
+
+    def follow(self) -> None:
+        """What all ranks but the first do: their part of its requests, until it closes."""
+        assert isinstance(self.backend, NativePipeline), "diffusers' has one rank"
+        with ExitStack() as warming_up:
+            while (order := self.lockstep.take()) is not None:
+                if isinstance(order, DrawOrder):
+                    self.backend.follow(order)
+                elif order.shapes is None:
+                    warming_up.close()
+                else:
+                    warming_up.enter_context(self.backend.warming_up(order.shapes))
+
+    def close(self) -> None:
+        """Lets other ranks go. One that failed before them is not waited for."""
+        if self.lockstep.broken:
+            return
+        if self.lockstep.is_first:
+            self.lockstep.give(None)
+        self._ranks.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self.close()
 
     # -- a request ------------------------------------------------------------------
 
@@ -391,10 +437,25 @@ def _plan_memory(
     return memory
 
 
-def _build(model: Resolved, args: ServerArgs, memory: MemoryPlanner | None) -> NativePipeline | DiffusersPipeline:
+def _join(model: Resolved, args: ServerArgs, ranks: ExitStack) -> tuple[Lockstep, Resolved]:
+    """Finds the other ranks, until `ranks` is closed. Raises UserError if more or fewer were started than asked for."""
+    layout, started = model.plan.layout, started_ranks()
+    if layout.ranks != started:
+        hint = "; use `sglang`, or torchrun for a program of your own" if started == 1 else ""
+        raise UserError(f"num_gpus={layout.ranks} ({layout}): processes that were started: {started}{hint}")
+    if layout.ranks == 1 or model.blueprint is None:
+        return ALONE, model
+    ranks.enter_context(process_group(model.plan.device, args.dist_timeout))
+    mesh = Mesh.join(layout, model.plan.device)
+    return Lockstep.of_all(), replace(model, blueprint=replace(model.blueprint, mesh=mesh))
+
+
+def _build(
+    model: Resolved, args: ServerArgs, memory: MemoryPlanner | None, lockstep: Lockstep
+) -> NativePipeline | DiffusersPipeline:
     if model.native:
         assert model.blueprint is not None
-        return NativePipeline(model.blueprint, model.folders, args, memory=memory)
+        return NativePipeline(model.blueprint, model.folders, args, memory=memory, lockstep=lockstep)
     # diffusers takes long to import: a native run does without
     from sgl_diffusion.runtime.diffusers_backend import DiffusersPipeline
     from sgl_diffusion.runtime.diffusers_loader import dummy_pipe, load_pipe

@@ -124,7 +124,7 @@ class MemoryPlanner:
         stage = max(needed, key=lambda name: needed[name])
         if needed[stage] <= available:
             return tiling, ""
-        numbers = f"{stage} needs {_mib(needed[stage])} (weights {_mib(self._weights_at(stage))})"
+        numbers = f"{stage} needs {_mib(needed[stage])} (weights {_mib(self.weights_at(stage))})"
         return tiling, (
             f"height={work.size.height}, width={work.size.width}, pictures={work.pictures}: cannot fit on "
             f"{self.plan.device}: {numbers}, {_mib(available)} are available; smaller or fewer pictures"
@@ -163,7 +163,7 @@ class MemoryPlanner:
         available = self.available()
         if available is None:
             return
-        needed = max(self._weights_at(stage) for stage in AT_WORK)
+        needed = max(self.weights_at(stage) for stage in AT_WORK)
         if needed > available:
             raise UserError(
                 f"the weights cannot fit on {self.plan.device}: they need {_mib(needed)}, {_mib(available)} are "
@@ -175,8 +175,8 @@ class MemoryPlanner:
         on_gpu = self.plan.device.type == "cuda" and "resident" in self.plan.offload.values()
         return f"{joined} --performance-mode memory" if on_gpu else ""
 
-    def _weights_at(self, stage: str) -> int:
-        """Denoisers come to the device one at a time, all other components of a stage together."""
+    def weights_at(self, stage: str) -> int:
+        """Bytes that are there in a stage. Denoisers come to the device one at a time, all others together."""
         kinds, working = self.blueprint.kinds, AT_WORK[stage]
         at_rest = sum(w.at_rest for w in self.weights.values())
         brought = {k: w.at_work - w.at_rest for k, w in self.weights.items() if kinds[k] in working}
@@ -189,7 +189,7 @@ class MemoryPlanner:
         """Bytes that have to be there in each stage. A captured step's own stay taken in the others."""
         graphs = self._graphs(work, tiling)
         return {
-            stage: self._weights_at(stage) + size + self.workspace + (0 if stage == "denoising" else graphs)
+            stage: self.weights_at(stage) + size + self.workspace + (0 if stage == "denoising" else graphs)
             for stage, size in self.rehearsal.activations(work, tiling).items()
         }
 
@@ -212,9 +212,9 @@ class MemoryPlanner:
         stages = [
             StageMemory(
                 name=stage,
-                weights_mb=self._weights_at(stage) / MIB,
+                weights_mb=self.weights_at(stage) / MIB,
                 activations_mb=size / MIB,
-                predicted_mb=(self._weights_at(stage) + size + self.workspace) / MIB,
+                predicted_mb=(self.weights_at(stage) + size + self.workspace) / MIB,
                 measured_mb=measured[stage] / MIB if measured and stage in measured else None,
             )
             for stage, size in self.rehearsal.activations(work, tiling).items()

@@ -59,7 +59,10 @@ def load_parts(blueprint: Blueprint, folders: Mapping[str, Path] | None, args: S
             attention = Attention(key, plan.attention[key], plan.device, plan.dtypes[key], config)
             loaded.attention[key] = attention
             loaded.parts[key] = blueprint.module(key, attention)
-            times, found = loader.fill(key, loaded.parts[key], must_pin=args.pin_cpu_memory is True)
+            if kind == "denoiser" and args.use_fsdp_inference:
+                times = loader.shard(key, loaded.parts[key])
+            else:
+                times, found = loader.fill(key, loaded.parts[key], must_pin=args.pin_cpu_memory is True)
             loaded.mapped[key] = found
         elif kind in ENCODERS:
             times, loaded.parts[key] = loader.encoder(key)
@@ -109,16 +112,25 @@ class _Loader:
         module.to(dtype).to_empty(device=CPU)  # takes no memory before it is written to
         return LoadTimes(), found
 
+    def shard(self, key: str, module: nn.Module) -> LoadTimes:
+        """Loads what this rank keeps of a module's weights."""
+        from sgl_diffusion.runtime.parallel.sharded import check_sharding, load_sharded  # takes most of a second
+
+        plan, mesh = self.blueprint.plan, self.blueprint.mesh
+        check_sharding(mesh.tp.size, {key: plan.offload[key]})
+        files = None if self.folders is None else weight_files(self.folders[key])
+        return load_sharded(key, module, files, plan.device, plan.dtypes[key], mesh.world, self._uploads(key))
+
     def encoder(self, key: str) -> tuple[LoadTimes, nn.Module]:
         plan, config = self.blueprint.plan, self.blueprint.configs[key]
         home, dtype, requested = self._home(key), plan.dtypes[key], plan.attention[key]
-        times = LoadTimes()
+        times, tp = LoadTimes(), self.blueprint.mesh.tp
         if self.folders is None:
-            encoder = dummy_encoder(key, config, home, dtype, requested)
+            encoder = dummy_encoder(key, config, home, dtype, requested, tp)
             fill_dummy(encoder, home, dtype, drawn_on=plan.device)
         else:
             folder, streams = self.folders[key], self._uploads(key)
-            times, encoder = load_encoder(key, config, folder, home, dtype, requested, streams)
+            times, encoder = load_encoder(key, config, folder, home, dtype, requested, streams, tp)
         return times, encoder.eval().requires_grad_(False)
 
     def tokenizer(self, key: str) -> Any:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +28,11 @@ from sgl_diffusion.runtime.latents import Latents
 from sgl_diffusion.runtime.live_bytes import Gauge
 from sgl_diffusion.runtime.memory import MemoryPlanner
 from sgl_diffusion.runtime.offload import DeviceStreams, Offload
+from sgl_diffusion.runtime.parallel.lockstep import ALONE, DrawOrder, Lockstep, Stopped
+from sgl_diffusion.runtime.parallel.shares import check_shares
 from sgl_diffusion.runtime.parts import load_parts
 from sgl_diffusion.runtime.pixels import to_pixels
-from sgl_diffusion.runtime.plan import dtype_name
+from sgl_diffusion.runtime.plan import Plan, dtype_name
 from sgl_diffusion.runtime.prewarm import compile_kernels
 from sgl_diffusion.runtime.rehearsal import Workload
 from sgl_diffusion.runtime.report import Accounting, MemoryReport, StageTime
@@ -78,6 +81,29 @@ class BetweenSteps:
         return Snapshot(self.step.state.done, x, tuple(history), digests(self.job.request))
 
 
+def compile_blocks(modules: Mapping[str, nn.Module]) -> dict[str, int]:
+    """Regional compilation: every block of a denoiser's block lists. Component -> number of blocks."""
+    compiled = {}
+    for key, module in modules.items():
+        lists = [m for m in module.children() if isinstance(m, nn.ModuleList)]
+        blocks = [block for blocks in lists for block in blocks]
+        for block in blocks:
+            block.compile()
+        if blocks:
+            compiled[key] = len(blocks)
+    return compiled
+
+
+def uncaptured(plan: Plan, offload: Offload) -> dict[str, str]:
+    """Stages that cannot be captured, and why."""
+    prevented = {"denoising": "torch.compile has graphs of its own"} if plan.compile else {}
+    moving = [stage for stage in CAPTURED if any(map(offload.moves, AT_WORK[stage]))]
+    prevented |= dict.fromkeys(moving, "offloaded weights have no fixed address")
+    if plan.layout.ranks > 1 and plan.device.type == "cpu":
+        prevented |= dict.fromkeys(CAPTURED, "a CPU tape holds no messages between processes")
+    return prevented
+
+
 class NativePipeline:
     """A loaded family.
 
@@ -85,20 +111,17 @@ class NativePipeline:
         folders: of the components; None where weights are dummies.
         streams: the device that offloaded weights come to; None for the plan's GPU.
         memory: a planner that has looked at the blueprint already.
+        lockstep: of the ranks in the blueprint's mesh.
     """
 
     name = "sglang"
 
     def __init__(
-        self,
-        blueprint: Blueprint,
-        folders: Mapping[str, Path] | None,
-        args: ServerArgs,
-        streams: DeviceStreams | None = None,
-        memory: MemoryPlanner | None = None,
-    ) -> None:
+        self, blueprint: Blueprint, folders: Mapping[str, Path] | None, args: ServerArgs,
+        streams: DeviceStreams | None = None, memory: MemoryPlanner | None = None, lockstep: Lockstep = ALONE,
+    ) -> None:  # fmt: skip
         self.blueprint, self.plan, self.defaults = blueprint, blueprint.plan, blueprint.defaults
-        self.folders, plan = folders, blueprint.plan
+        self.folders, self.mesh, self.lockstep, plan = folders, blueprint.mesh, lockstep, blueprint.plan
         self.memory = memory or MemoryPlanner(blueprint, args)
         self.last_run: tuple[Workload, bool] | None = None  # and whether it was decoded in tiles
         self.sampler = blueprint.sampler()
@@ -109,27 +132,13 @@ class NativePipeline:
         self.family = blueprint.family_of(self.parts)
         self.draws_video = self.family.draws_video
         self.offload = Offload(self.parts, blueprint.kinds, plan, loaded.mapped, streams)
-        self.compiled = self._compile() if plan.compile else {}
-        prevented = {"denoising": "torch.compile has graphs of its own"} if self.compiled else {}
-        moving = [stage for stage in CAPTURED if any(map(self.offload.moves, AT_WORK[stage]))]
-        prevented |= dict.fromkeys(moving, "offloaded weights have no fixed address")
+        self.compiled = compile_blocks({key: self.parts[key] for key in self.attention}) if plan.compile else {}
         recorder = CudaGraphs() if plan.device.type == "cuda" else Tapes()
-        self.graphs = make_graphs(args.enable_cuda_graph, recorder, prevented)
+        self.graphs = make_graphs(args.enable_cuda_graph, recorder, uncaptured(plan, self.offload))
         tokenizers = {key: self.parts[key] for key, kind in blueprint.kinds.items() if kind == "tokenizer"}
         self.accountant = Accountant(blueprint, tokenizers)
-        self.neighbours = Neighbours()
-
-    def _compile(self) -> dict[str, int]:
-        """Regional compilation: every block of a denoiser's block lists. Component -> number of blocks."""
-        compiled = {}
-        for key in self.attention:
-            lists = [m for m in self.parts[key].children() if isinstance(m, nn.ModuleList)]
-            blocks = [block for blocks in lists for block in blocks]
-            for block in blocks:
-                block.compile()
-            if blocks:
-                compiled[key] = len(blocks)
-        return compiled
+        together = {"denoising": self.mesh.branch} | ({"decoding": self.mesh.world} if plan.vae_sp else {})
+        self.neighbours = Neighbours({s: partial(ranks.all_agree, device=plan.device) for s, ranks in together.items()})
 
     # -- a request ----------------------------------------------------------------
 
@@ -137,9 +146,11 @@ class NativePipeline:
         """What a request comes to here.
 
         Raises:
-            UserError: anything this family or checkpoint cannot honour.
+            UserError: anything this family or checkpoint cannot honour, or has no part in for some ranks.
         """
-        return settle(request, self.defaults, self.family, self.sampler)
+        job = settle(request, self.defaults, self.family, self.sampler)
+        check_shares(self.plan.layout, job, self.family)
+        return job
 
     @torch.inference_mode()
     def run(
@@ -161,24 +172,45 @@ class NativePipeline:
             UserError: the request cannot be honoured, or not in the memory there is; the snapshot is not of it.
             DecodeFailure: the latents are finished, but not the pictures.
         """
-        gauge = gauge or Gauge(self.plan.device)
         work = Workload.of(job, decode_only=latents is not None)
-        tiling = self.memory.tiling(work)
-        self.last_run = work, tiling
+        order = DrawOrder(job, self.memory.tiling(work), latents, resume)
+        if latents is None or self.plan.vae_sp:
+            self.lockstep.give(order)
+        self.last_run = work, order.tiling
+        return (yield from self._follow(order, watch, gauge or Gauge(self.plan.device), record))
+
+    @torch.inference_mode()
+    def follow(self, order: DrawOrder) -> None:
+        """This rank's part of what the first one draws."""
+        watch, gauge = Stopwatch(self.plan.device, annotate=False), Gauge(self.plan.device)
+        with suppress(UserError, Stopped):  # the first rank tells
+            for _ in self._follow(order, watch, gauge, ignore):
+                pass
+
+    def _follow(self, order: DrawOrder, watch: Stopwatch, gauge: Gauge, record: Record) -> Generator[Event, None, None]:
+        job, latents = order.job, order.latents
+        work = Workload.of(job, decode_only=latents is not None)
         self.neighbours.took.clear()
         vae = self.parts["vae"]  # which encodes given pictures, too
-        vae.tiling, vae.slicing = tiling, self.plan.vae_slicing
+        vae.tiling, vae.slicing = order.tiling, self.plan.vae_slicing
         if latents is None:
-            self.memory.reserve_decode(work, tiling)
-            x = yield from self._draw(job, watch, gauge, record, resume)
+            self.memory.reserve_decode(work, order.tiling)
+            x = yield from self.lockstep.in_step(self._draw(job, watch, gauge, record, order.resume))
         else:
             generators = [torch.Generator()] * job.request.count
             x = latents.of_shape(self.family.noise(work.size, generators).shape).to(self.plan.device)
+        if self.plan.vae_sp:
+            yield from self.lockstep.in_step(self._decode(x, order, watch, gauge, record))
+        elif self.lockstep.is_first:
+            yield from self._decode(x, order, watch, gauge, record)
 
+    def _decode(
+        self, x: Tensor, order: DrawOrder, watch: Stopwatch, gauge: Gauge, record: Record
+    ) -> Generator[Event, None, None]:
         yield StageStarted("decoding")
         with watch.span("decoding"), self.offload.on_device("vae"):
             try:
-                chunks = self._chunks(x, work.size, tiling)
+                chunks = self._chunks(x, order.job.size, order.tiling)
                 while (pixels := self._next_pixels(chunks, gauge, record)) is not None:
                     yield Drawn(pixels, x)
             except (torch.OutOfMemoryError, RunFailure) as e:
@@ -204,10 +236,10 @@ class NativePipeline:
         self, job: Job, watch: Stopwatch, gauge: Gauge, record: Record, resume: Snapshot | None
     ) -> Generator[Event, None, Tensor]:
         """Yields progress and returns the finished latents; all that led to them is free when the decode begins."""
-        family, schedule = self.family, job.schedule
-        branches = yield from self._encode(job, watch, gauge, record)
+        family, schedule, own = self.family, job.schedule, self.mesh.dp.own(job.request.count)
+        branches = [branch[own] for branch in (yield from self._encode(job, watch, gauge, record))]
         with gauge.stage("latent_preparation"):
-            generators = [torch.Generator().manual_seed(seed) for seed in job.request.seeds]
+            generators = [torch.Generator().manual_seed(seed) for seed in job.request.seeds[own]]
             # it is made where the denoiser's weights are, which may be the host
             x, *noise = [family.noise(job.size, generators).to(self.plan.device) for _ in range(1 + schedule.noises)]
             state = denoise.State.start(x, schedule) if resume is None else resume.state(job.request, x, schedule)
@@ -220,29 +252,23 @@ class NativePipeline:
             with self.offload.on_device("denoiser", phase.denoiser):
                 state = yield from self._take(phase, job, branches, state, noise, watch, gauge, record)
         record("final_latents", state.x)
-        return finished(family, state.x, branches[0])
+        return self.mesh.dp.join(finished(family, state.x, branches[0]), job.request.count)
 
     def _take(
-        self,
-        phase: Phase,
-        job: Job,
-        branches: Sequence[Sequence[Condition]],
-        state: denoise.State,
-        noise: Sequence[Tensor],
-        watch: Stopwatch,
-        gauge: Gauge,
-        record: Record,
-    ) -> Generator[Event, None, denoise.State]:
+        self, phase: Phase, job: Job, branches: Sequence[Sequence[Condition]], state: denoise.State,
+        noise: Sequence[Tensor], watch: Stopwatch, gauge: Gauge, record: Record,
+    ) -> Generator[Event, None, denoise.State]:  # fmt: skip
         """Takes the steps of one denoiser, and returns the state after them."""
         schedule = job.schedule
         yield StageStarted("latent_preparation")
         with watch.span("latent_preparation"), gauge.stage("latent_preparation"):
             timesteps = schedule.timesteps[phase.steps.start : phase.steps.stop]
+            here = branches if self.mesh.cfg.size == 1 else [branches[self.mesh.cfg.rank]]
             positive, *negative = [
                 self.neighbours.predictor(
                     self.family, state.x, conditions, job.size, job.guidance, timesteps, phase.denoiser
                 )
-                for conditions in branches
+                for conditions in here
             ]
         yield StageFinished("latent_preparation")
 
@@ -251,7 +277,7 @@ class NativePipeline:
             against, execute = negative[0] if negative else None, self.graphs["denoising"]
             loop = denoise.integrate(
                 state, schedule, phase.steps, positive, against, phase.scale, noise, execute,
-                keeps_norm=self.family.keeps_norm,
+                keeps_norm=self.family.keeps_norm, gather=self.mesh.cfg.all_gather if here is not branches else None,
             )  # fmt: skip
             for i in state.left(phase.steps):
                 with watch.span("denoise_step"), gauge.stage("denoising"):
@@ -317,6 +343,7 @@ class NativePipeline:
             "vae": {"tiling": self.last_run is not None and self.last_run[1], "slicing": self.plan.vae_slicing},
             "compile": self.compiled,
             "offload": self.offload.report(steps),
+            "parallel": self.mesh.report(),
             "cuda_graph": {stage: graphs.report() for stage, graphs in self.graphs.items()},
             "guidance": asdict(guidance),
             "scheduler": type(self.sampler).__name__,

@@ -11,6 +11,9 @@ import torch
 from sgl_diffusion.models.family import ENCODERS, Size
 from sgl_diffusion.runtime.args import ServerArgs, nearest
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.parallel.layout import Layout, read_layout
+from sgl_diffusion.runtime.parallel.ranks import local_rank, started_ranks
+from sgl_diffusion.runtime.parallel.usp import check_communication
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 COMPONENT_OFFLOAD = {
@@ -46,6 +49,9 @@ class Plan:
     offload: Mapping[str, Residency]
     pin_memory: bool  # lock offloaded weights in host memory
     prefetch: float  # layers copied ahead: 0 is one, below 1 a share of the layers, from 1 on a count
+    layout: Layout = Layout()
+    sp_communication: Literal["model", "fp8"] = "model"
+    vae_sp: bool = False
     chosen: Mapping[str, Any] = field(default_factory=dict)  # what performance_mode decided, as no flag did
 
     def tiles(self, size: Size) -> bool:
@@ -59,19 +65,23 @@ def make_plan(
     kinds: Mapping[str, str],
     *,
     native: bool = True,
+    heads: int | None = None,
     choose_offload: ChooseOffload | None = None,
 ) -> Plan:
     """The plan for a pipeline whose components have these kinds (`denoiser`, `vae`, `text_encoder`, ...).
 
     Args:
-        native: False for the diffusers backend, which keeps its components on the device.
+        native: False for the diffusers backend, which keeps its components on the device, and has one.
+        heads: of the denoiser's attention, where they are known.
         choose_offload: is asked on a GPU where performance_mode=auto has to choose; without it, weights are taken
             to fit.
     Raises:
         UserError: a device that is not there, a list of precisions of the wrong length, an unknown component,
-            offload where it has no effect.
+            offload where it has no effect, a layout of ranks that is impossible.
     """
     device = _device(args.device)
+    layout = _layout(args, heads, native=native)
+    check_communication(args.sp_communication, layout.sp, device)
     if args.enable_cuda_graph == "true" and device.type != "cuda":
         raise UserError(f"enable_cuda_graph=true: the device is {device}; auto captures what can be captured there")
     denoisers = [k for k, kind in kinds.items() if kind == "denoiser"]
@@ -113,6 +123,9 @@ def make_plan(
         offload={k: asked.get(k, "resident") for k in holders},
         pin_memory=args.pin_cpu_memory is not False,
         prefetch=args.dit_offload_prefetch_size or 0.0,
+        layout=layout,
+        sp_communication=args.sp_communication,
+        vae_sp=args.vae_sp,
     )
     offload = plan.offload
     if native and device.type == "cuda":
@@ -208,10 +221,31 @@ def _check_offload_effects(args: ServerArgs, kinds: Mapping[str, str], offload: 
         raise UserError(f"enable_torch_compile=true: not with the layerwise offload of {compiled[0]}")
 
 
+def _layout(args: ServerArgs, heads: int | None, *, native: bool) -> Layout:
+    layout = read_layout(args, heads)
+    if layout.ranks > 1:
+        told = f"num_gpus={args.num_gpus or layout.ranks}"
+        if not native:
+            raise UserError(f"{told}: the diffusers backend runs on one")
+        if args.enable_torch_compile:
+            raise UserError(f"enable_torch_compile=true: not with {told}; steps are captured in graphs instead")
+    for name, value, needs, degree in (
+        ("vae_sp", args.vae_sp, "several ranks", layout.ranks),
+        ("use_fsdp_inference", args.use_fsdp_inference, "several ranks", layout.ranks),
+    ):
+        if value and degree == 1:
+            raise UserError(f"{name}=true: no effect without {needs}; see num_gpus")
+    return layout
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(name)
+    if started_ranks() > 1 and device.type == "cuda":
+        if device.index is not None:
+            raise UserError(f"device={name}: every rank has a GPU of its own; expected auto, cuda or cpu")
+        device = torch.device("cuda", local_rank())
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise UserError(f"device={name}: no NVIDIA GPU is available to PyTorch {torch.__version__}")

@@ -8,6 +8,7 @@ there. Between reading and uploading, a ring of locked buffers lets both go on a
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,32 +83,66 @@ def stored_tensors(path: Path) -> list[Stored]:
     return sorted(found, key=lambda stored: stored.start)
 
 
+@dataclass(frozen=True)
+class Run:
+    """Rows (dim 0) or columns (dim 1) of a stored tensor, from one on: as many as what they are read into has."""
+
+    stored: Stored
+    dim: int = 0
+    first: int = 0
+
+
 # -- work for one reader --------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Part:
-    """Elements of a stored tensor that fit into a staging buffer, and where they go."""
+    """Elements of a stored tensor that fit into a staging buffer, and where they go.
+
+    Attributes:
+        start: byte in the file.
+        into: contiguous, of one dimension; or some columns of a matrix.
+        columns: of the stored matrix, where not all are wanted: its rows are read whole, and cut on their way.
+    """
 
     stored: Stored
-    start: int  # byte in the file
-    into: Tensor  # contiguous, one dimension
+    start: int
+    into: Tensor
+    columns: slice | None = None
 
     @property
     def size(self) -> int:
         """Bytes in the file."""
-        return self.into.numel() * self.stored.dtype.itemsize
+        elements = self.into.numel() if self.columns is None else len(self.into) * self.stored.shape[1]
+        return elements * self.stored.dtype.itemsize
+
+    @property
+    def as_stored(self) -> bool:
+        """Whether bytes go as they are."""
+        return self.into.dtype == self.stored.dtype and self.columns is None
 
     @property
     def in_place(self) -> bool:
-        return self.into.device == CPU and self.into.dtype == self.stored.dtype
+        return self.into.device == CPU and self.as_stored
+
+    def wanted(self, staged: Tensor) -> Tensor:
+        """What of the file's bytes goes into the tensor, in the file's dtype."""
+        read = staged.view(self.stored.dtype)
+        return read if self.columns is None else read.view(len(self.into), -1)[:, self.columns]
 
 
-def parts(stored: Stored, into: Tensor) -> Iterator[Part]:
+def parts(run: Run, into: Tensor) -> Iterator[Part]:
     """Those of a tensor whose shape has been checked, in order."""
-    flat, step = into.view(-1), STAGING // stored.dtype.itemsize
-    for first in range(0, len(flat), step):
-        yield Part(stored, stored.start + first * stored.dtype.itemsize, flat[first : first + step])
+    stored, itemsize = run.stored, run.stored.dtype.itemsize
+    row = math.prod(stored.shape[1:]) * itemsize
+    if run.dim == 0:
+        flat, step, start = into.view(-1), STAGING // itemsize, stored.start + run.first * row
+        for first in range(0, len(flat), step):
+            yield Part(stored, start + first * itemsize, flat[first : first + step])
+        return
+    step, columns = STAGING // row, slice(run.first, run.first + into.shape[1])
+    for first in range(0, len(into), step):
+        yield Part(stored, stored.start + first * row, into[first : first + step], columns)
 
 
 def read_bytes(path: Path, start: int, into: Tensor) -> None:
@@ -197,8 +232,8 @@ class Loader:
             name = f"{span.name}_ms"
             setattr(self.times, name, getattr(self.times, name) + span.duration_ms)
 
-    def load(self, pairs: Sequence[tuple[Stored, Tensor]]) -> None:
-        """Fills tensors with those of files. Uploads may still be under way after it, but what the device computes from
+    def load(self, pairs: Sequence[tuple[Run, Tensor]]) -> None:
+        """Fills tensors from files. Uploads may still be under way after it, but what the device computes from
         then on is in order behind them. Several threads may call it.
 
         Raises:
@@ -206,7 +241,7 @@ class Loader:
         """
         # memory that the device gives out may still be in use by what it was asked to compute before
         ready = None if self.streams is None else self.streams.computed()
-        work = [part for stored, into in pairs for part in parts(stored, into)]
+        work = [part for run, into in pairs for part in parts(run, into)]
         jobs = [self._pool.submit(self._move, part, ready) for part in work]
         for uploaded in [job.result() for job in jobs]:
             if self.streams is not None and uploaded is not None:
@@ -229,9 +264,9 @@ class Loader:
                 read_bytes(part.stored.path, part.start, staged)
             if self.streams is None:
                 with watch.span("convert"):
-                    part.into.copy_(staged.view(part.stored.dtype))
+                    part.into.copy_(part.wanted(staged))
             else:
-                if buffer.scratch is None and part.stored.dtype != part.into.dtype:
+                if buffer.scratch is None and not part.as_stored:
                     buffer.scratch = self.streams.allocate(STAGING)
                 buffer.uploaded = self.streams.copy(partial(self._upload, part, staged, buffer.scratch), [ready])
             return buffer.uploaded
@@ -240,15 +275,15 @@ class Loader:
 
     def _upload(self, part: Part, staged: Tensor, scratch: Tensor | None) -> None:
         """The bytes travel as they are: PyTorch would convert them on the host."""
-        watch, stored = Stopwatch(part.into.device), part.stored
+        watch = Stopwatch(part.into.device)
         self._watches.append(watch)
-        if stored.dtype == part.into.dtype:
+        if part.as_stored:
             with watch.span("upload"):
-                part.into.copy_(staged.view(stored.dtype), non_blocking=True)
+                part.into.copy_(part.wanted(staged), non_blocking=True)
             return
         assert scratch is not None
         arrived = scratch[: part.size]
         with watch.span("upload"):
             arrived.copy_(staged, non_blocking=True)
         with watch.span("convert"):
-            part.into.copy_(arrived.view(stored.dtype))
+            part.into.copy_(part.wanted(arrived))

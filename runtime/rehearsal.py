@@ -163,6 +163,12 @@ class Rehearsal:
             seen=((size.width, size.height),) * fewest_pictures(family, size, guidance, defaults.max_sequence_length),
         )
 
+    def conditions(self, work: Workload) -> Branches:
+        """What every result is told, branch by branch, of prompts as long as may be."""
+        with torch.inference_mode(), rehearsing(self.plan.device.type), FusedAttention():
+            _, branches = self._encode(work)
+            return self._look(work, branches)[1] if work.seen else branches
+
     def activations(self, work: Workload, tiling: bool) -> Mapping[str, int]:
         """Bytes of each stage beside the weights, what earlier stages left included."""
         with torch.inference_mode(), rehearsing(self.plan.device.type), FusedAttention():
@@ -217,11 +223,13 @@ class Rehearsal:
 
     def _denoise(self, work: Workload, branches: Branches, live: LiveBytes) -> tuple[int, int, int]:
         """Peaks of the preparation and of the loop, and what stays: the final latents, and what tapes keep."""
-        family, generators = self.family, [torch.Generator()] * work.pictures
+        mesh, family = self.blueprint.mesh, self.family
+        own = mesh.dp.own(work.pictures)
+        generators = [torch.Generator()] * (own.stop - own.start)
         preparing = denoising = 0
         taped, neighbours = Graphs(Tapes()), Neighbours()
         with live.rising():
-            given = _like(branches)
+            given = [branch[own] for branch in _like(branches)]
             state = State.start(family.noise(work.size, generators), work.schedule)
             noise = [family.noise(work.size, generators) for _ in range(work.schedule.noises)]
         for phase in family.phases(work.schedule.timesteps, work.guidance):
@@ -232,14 +240,14 @@ class Rehearsal:
                     neighbours.predictor(
                         family, state.x, conditions, work.size, work.guidance, timesteps, phase.denoiser
                     )
-                    for conditions in given
+                    for conditions in (given if mesh.cfg.size == 1 else given[:1])
                 ]
             preparing = max(preparing, live.peak)
             with live.rising():
                 against = negative[0] if negative else None
                 loop = integrate(
                     state, work.schedule, phase.steps, positive, against, phase.scale, noise, execute,
-                    keeps_norm=family.keeps_norm,
+                    keeps_norm=family.keeps_norm, gather=mesh.cfg.all_gather if mesh.cfg.size > 1 else None,
                 )  # fmt: skip
                 for _ in phase.steps[:2]:  # the second holds what the first left; so do those that follow
                     state = next(loop).state

@@ -20,6 +20,8 @@ from sgl_diffusion.runtime.blueprint import Blueprint, kinds_of
 from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.memory import MemoryPlanner
+from sgl_diffusion.runtime.parallel.layout import read_layout
+from sgl_diffusion.runtime.parallel.mesh import Mesh
 from sgl_diffusion.runtime.plan import Plan, Residency, make_plan
 from sgl_diffusion.runtime.rehearsal import Rehearsal
 from sgl_diffusion.runtime.request import overridden, resolve_request
@@ -183,16 +185,20 @@ def _plan(
     }
     rehearsal: Rehearsal | None = None
 
+    def blueprint_of(plan: Plan) -> Blueprint:
+        return Blueprint(family, configs, defaults, plan, vae_options, Mesh.stand_in(plan.layout))
+
     def choose_offload(plan: Plan, ways: Mapping[str, Mapping[str, Residency]]) -> tuple[str, Mapping[str, Any]]:
         nonlocal rehearsal
-        memory = MemoryPlanner(Blueprint(family, configs, defaults, plan, vae_options), args)
+        memory = MemoryPlanner(blueprint_of(plan), args)
         rehearsal = memory.rehearsal
         works = [rehearsal.workload(request) for request in requests] or [rehearsal.usual_workload(usual)]
         return memory.choose_offload(ways, works)
 
     kinds = kinds_of(family, configs)
-    plan = make_plan(args, kinds, native=native, choose_offload=choose_offload)
-    blueprint = Blueprint(family, configs, defaults, plan, vae_options)
+    heads = family.attention_heads(configs) if native and read_layout(args).ranks > 1 else None
+    plan = make_plan(args, kinds, native=native, heads=heads, choose_offload=choose_offload)
+    blueprint = blueprint_of(plan)
     if native:
         blueprint.check()
     return MemoryPlanner(blueprint, args, rehearsal)

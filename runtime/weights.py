@@ -4,8 +4,8 @@ shapes. How the bytes are read is `runtime.reading`'s."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion.runtime.checkpoint import read_json
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.reading import Loader, LoadTimes, Stored, stored_tensors
+from sgl_diffusion.runtime.reading import Loader, LoadTimes, Run, Stored, stored_tensors
 
 if TYPE_CHECKING:
     from sgl_diffusion.runtime.offload import DeviceStreams
@@ -42,12 +42,60 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 @dataclass(frozen=True)
+class Share:
+    """What a rank has of a layer whose weights ranks share; the layer's attribute `share`.
+
+    Attributes:
+        dim: 0 for some rows of the weight and of the bias, 1 for some columns of the weight and all of the bias.
+        parts: shares of the whole dimension, which lie side by side; a rank has an equal run of each.
+    """
+
+    dim: int
+    parts: tuple[int, ...]
+    rank: int
+    ranks: int
+
+    def runs(self, whole: int) -> list[slice]:
+        """Of a dimension of so many."""
+        runs, start, unit = [], 0, whole // sum(self.parts)
+        for part in self.parts:
+            own = part * unit // self.ranks
+            runs.append(slice(start + self.rank * own, start + (self.rank + 1) * own))
+            start += part * unit
+        return runs
+
+    def of(self, whole: Tensor) -> Tensor:
+        """A copy of the rank's own."""
+        if self.dim >= whole.ndim:
+            return whole.clone()
+        own = _joined(whole, self.dim, self.runs(whole.shape[self.dim]))
+        return own.clone(memory_format=torch.contiguous_format)
+
+
+@dataclass(frozen=True)
 class Slot:
-    """Where a checkpoint tensor goes: rows `start` to `stop` of a parameter."""
+    """Where a checkpoint tensor goes: rows `start` to `stop` of a parameter.
+
+    Attributes:
+        shape: of the checkpoint tensor.
+        dim, runs: what of it goes there, one after the other, where ranks share it.
+    """
 
     parameter: str
     start: int
     stop: int
+    shape: tuple[int, ...]
+    dim: int = 0
+    runs: tuple[slice, ...] | None = None
+
+    def cut(self, whole: Tensor) -> Tensor:
+        """What goes into the rows, of the checkpoint tensor: a view of it, where it is one run."""
+        return whole if self.runs is None else _joined(whole, self.dim, self.runs)
+
+
+def _joined(whole: Tensor, dim: int, runs: Sequence[slice]) -> Tensor:
+    cut = [whole.narrow(dim, run.start, run.stop - run.start) for run in runs]
+    return cut[0] if len(cut) == 1 else torch.cat(cut, dim)
 
 
 def slots(module: nn.Module) -> dict[str, Slot]:
@@ -55,24 +103,43 @@ def slots(module: nn.Module) -> dict[str, Slot]:
 
     A parameter has its own name in the checkpoint unless a module declares it as packed:
     `packed = {"to_qkv": {"to_q": 1, "to_k": 1, "to_v": 1}}` gives the checkpoint's names, in row order, and their
-    shares of the rows.
+    shares of the rows. Where ranks share a layer, the checkpoint has all of it.
     """
     parts: dict[str, dict[str, int]] = {}
+    shares: dict[str, Share] = {}
     for path, owner in module.named_modules():
         prefix = f"{path}." if path else ""
-        for target, shares in getattr(owner, "packed", {}).items():
-            parts[prefix + target] = {prefix + name: share for name, share in shares.items()}
-    found = {}
+        for target, rows in getattr(owner, "packed", {}).items():
+            parts[prefix + target] = {prefix + name: share for name, share in rows.items()}
+        if (share := getattr(owner, "share", None)) is not None:
+            shares[path] = share
+    found: dict[str, Slot] = {}
     for name, p in module.named_parameters():
         prefix, _, leaf = name.rpartition(".")
-        if prefix not in parts:
-            found[name] = Slot(name, 0, len(p))
-            continue
-        unit, start = len(p) // sum(parts[prefix].values()), 0
-        for source, share in parts[prefix].items():
-            found[f"{source}.{leaf}"] = Slot(name, start, start + share * unit)
-            start += share * unit
+        share, rows = shares.get(prefix), parts.get(prefix, {prefix: 1})
+        found |= {f"{source}.{leaf}".removeprefix("."): slot for source, slot in _slots_of(name, p, rows, share)}
     return found
+
+
+def _slots_of(name: str, p: Tensor, rows: dict[str, int], share: Share | None) -> Iterator[tuple[str, Slot]]:
+    """Those of one parameter, by what it is packed of."""
+    whole = list(p.shape)
+    if share is not None and share.dim < p.ndim:
+        whole[share.dim] *= share.ranks
+    unit, first, start = whole[0] // sum(rows.values()), 0, 0
+    for source, part in rows.items():
+        n = part * unit
+        shape, stop = (n, *whole[1:]), start + n
+        slot = Slot(name, start, stop, shape)
+        if share is not None and share.dim < p.ndim:
+            runs = share.runs(whole[share.dim])
+            if share.dim == 0:  # those in the rows of this source, counted from its first
+                runs = [slice(max(r.start - first, 0), min(r.stop - first, n)) for r in runs]
+                runs = [r for r in runs if r.start < r.stop]
+                stop = start + sum(r.stop - r.start for r in runs)
+            slot = replace(slot, stop=stop, dim=share.dim, runs=tuple(runs))
+        yield source, slot
+        first, start = first + n, stop
 
 
 @dataclass(frozen=True)
@@ -83,8 +150,20 @@ class Source:
     slot: Slot
 
     def read(self) -> Tensor:
-        """The tensor, which stays a view of the mapped file."""
-        return self.stored.mapped()
+        """What goes into the slot: a view of the mapped file, or of some of its runs one copy."""
+        return self.slot.cut(self.stored.mapped())
+
+    def runs(self, parameter: Tensor) -> Iterator[tuple[Run, Tensor]]:
+        """What is to be read, and where in the parameter it goes."""
+        slot, start = self.slot, 0
+        rows = parameter[slot.start : slot.stop]
+        if slot.runs is None:
+            yield Run(self.stored), rows
+            return
+        for run in slot.runs:
+            n = run.stop - run.start
+            yield Run(self.stored, slot.dim, run.start), rows.narrow(slot.dim, start, n)
+            start += n
 
 
 def load_weights(
@@ -105,7 +184,7 @@ def load_weights(
     module.to(dtype).to_empty(device=device)
     parameters = dict(module.named_parameters())
     with Loader(streams) as loader:
-        loader.load([(s.stored, parameters[s.slot.parameter].data[s.slot.start : s.slot.stop]) for s in found])
+        loader.load([run for s in found for run in s.runs(parameters[s.slot.parameter].data)])
     return loader.times
 
 
@@ -115,7 +194,7 @@ def find_weights(module: nn.Module, files: Sequence[Path]) -> list[Source]:
     Raises:
         UserError: a corrupt file, or missing, unexpected, repeated or mis-shaped weights, listing their names.
     """
-    shapes, wanted = {name: p.shape for name, p in module.named_parameters()}, slots(module)
+    wanted = slots(module)
     skipped = tuple(getattr(module, "unused_weights", tuple)())
     found: dict[str, Source] = {}
     unexpected, repeated, misshaped = [], [], []
@@ -129,9 +208,8 @@ def find_weights(module: nn.Module, files: Sequence[Path]) -> list[Source]:
         if name in found:
             repeated.append(name)
         found[name] = Source(stored, slot)
-        expected = (slot.stop - slot.start, *shapes[slot.parameter][1:])
-        if stored.shape != expected:
-            misshaped.append(f"{name} {stored.shape} instead of {expected}")
+        if stored.shape != slot.shape:
+            misshaped.append(f"{name} {stored.shape} instead of {slot.shape}")
     missing = [name for name in wanted if name not in found]
     problems = {"missing": missing, "unexpected": unexpected, "repeated": repeated, "mis-shaped": misshaped}
     if any(problems.values()):
@@ -154,19 +232,27 @@ def fill_dummy(
     biases and means 0.
 
     A tensor depends on its name in the checkpoint alone, so that diffusers' module of a component gets the same ones,
-    and on the kind of device it is drawn on: `drawn_on`, where that is not the one the weights stay on.
+    and on the kind of device it is drawn on: `drawn_on`, where that is not the one the weights stay on. Of a layer that
+    ranks share, all of it is drawn.
     """
     if any(p.is_meta for p in module.parameters()):
         module.to(dtype).to_empty(device=device)
     parameters = dict(module.named_parameters())
     for name, slot in slots(module).items():
         rows = parameters[slot.parameter].data[slot.start : slot.stop]
-        if rows.ndim > 1:
-            generator = torch.Generator(drawn_on or device).manual_seed(zlib.crc32(name.encode()))
-            drawn = rows if drawn_on in (None, device) else torch.empty(rows.shape, dtype=rows.dtype, device=drawn_on)
-            rows.copy_(drawn.normal_(0, rows[0].numel() ** -0.5, generator=generator))
+        if drawn_on in (None, device) and slot.runs is None:
+            draw_dummy(name, rows)
         else:
-            rows.fill_(1.0 if name.endswith(ONES) else 0.0)
+            whole = torch.empty(slot.shape, dtype=rows.dtype, device=drawn_on or device)
+            rows.copy_(slot.cut(draw_dummy(name, whole)))
     for name, statistic in module.named_buffers():  # of diffusers' batch norms; ours hold theirs as parameters
         if name.endswith(("running_mean", "running_var")):
             statistic.fill_(1.0 if name.endswith(ONES) else 0.0)
+
+
+def draw_dummy(name: str, whole: Tensor) -> Tensor:
+    """Fills all of a checkpoint tensor, as `fill_dummy`, and returns it."""
+    if whole.ndim == 1:
+        return whole.fill_(1.0 if name.endswith(ONES) else 0.0)
+    generator = torch.Generator(whole.device).manual_seed(zlib.crc32(name.encode()))
+    return whole.normal_(0, whole[0].numel() ** -0.5, generator=generator)

@@ -1,7 +1,8 @@
-"""The engine and its work, as the routes see them. Torch-free.
+"""The engines and their work, as the routes see them. Torch-free.
 
-A job that is submitted is in the store. The scheduler takes it out when its turn comes, the engine process draws it,
-and whoever watches it hears of that.
+A job that is submitted is in the store. A scheduler takes it out when its turn comes, its engine process draws it, and
+whoever watches it hears of that. Of several engines (dp_size), replicas of one model, each has a scheduler, and all of
+these take from the one store.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,10 +20,12 @@ from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.checked import Checked
 from sgl_diffusion.server import messages
 from sgl_diffusion.server.args import ServeArgs
-from sgl_diffusion.server.engine_process import EngineAway, EngineProcess, EngineStatus
+from sgl_diffusion.server.database import StoreUnavailable
+from sgl_diffusion.server.engine_process import EngineAway, EngineProcess
 from sgl_diffusion.server.folders import Folders
 from sgl_diffusion.server.jobs import Ended, Job, JobEvent, NewJob, Preview, Progress, Status, UploadState
 from sgl_diffusion.server.news import News
+from sgl_diffusion.server.replicas import Replicas, environments, of_a_replica
 from sgl_diffusion.server.scheduler import POLL_S, Scheduler
 from sgl_diffusion.server.store import JobStore
 from sgl_diffusion.server.store_thread import StoreThread
@@ -48,22 +52,22 @@ class Dispatcher:
     ) -> None:
         self._args, self._store, self._thread, self._news = serve_args, store, StoreThread(), News()
         self._alone = serve_args.database_url is None  # no other server touches these jobs
-        self._wake = asyncio.Event()
         load = messages.Load(
-            server_args=server_args.model_dump(mode="json", exclude_unset=True),
+            server_args=of_a_replica(server_args).model_dump(mode="json", exclude_unset=True),
             data_dir=str(folders.root),
             log_format=serve_args.log_format,
         )
-        self._engine = EngineProcess(load, on_ready=self._wake.set)
-        self._scheduler = Scheduler(
-            serve_args, store, self._thread, folders, self._engine, self._news, self._wake, upload_state
-        )
-        self._tasks: list[asyncio.Task[None]] = []
+        self._engines = [
+            EngineProcess(load, self._wake, environment) for environment in environments(server_args, os.environ)
+        ]
+        self._schedulers = [
+            Scheduler(serve_args, store, self._thread, folders, engine, self._news, upload_state)
+            for engine in self._engines
+        ]
+        self.engine = Replicas(self._engines)
+        self._working: list[asyncio.Task[None]] = []
+        self._tending: asyncio.Task[None] | None = None
         self._stop: asyncio.Task[None] | None = None
-
-    @property
-    def engine(self) -> EngineStatus:
-        return self._engine.status
 
     @property
     def on_event(self) -> list[Callable[[str, Progress | Preview], None]]:
@@ -86,16 +90,50 @@ class Dispatcher:
         """
         if self._alone:
             await self._thread.run(self._store.release_own)
-        self._tasks = [asyncio.create_task(self._scheduler.work()), asyncio.create_task(self._scheduler.tend())]
-        for task in self._tasks:
+        self._working = [asyncio.create_task(scheduler.work()) for scheduler in self._schedulers]
+        self._tending = asyncio.create_task(self._tend())
+        for task in (*self._working, self._tending):
             task.add_done_callback(self._notice)
-        await self._engine.start()
+        starting = [asyncio.create_task(engine.start()) for engine in self._engines]
+        try:
+            await asyncio.gather(*starting)
+        finally:  # one that failed is enough
+            for task in starting:
+                task.cancel()
+
+    def _wake(self) -> None:
+        for scheduler in self._schedulers:
+            scheduler.wake()
+
+    async def _tend(self) -> None:
+        """Keeps the leases of our jobs, hears which were cancelled elsewhere, frees those of servers that died."""
+        while True:
+            await asyncio.sleep(self._store.lease_seconds / 3)
+            try:
+                unwanted = await self._thread.run(self._store.renew)
+                if await self._thread.run(self._store.reclaim):
+                    self._wake()
+            except StoreUnavailable as e:
+                log.error("leases cannot be renewed: %s", e)
+                continue
+            for job_id in unwanted:
+                self._unwant(job_id)
+
+    def _is_ours(self, job_id: str) -> bool:
+        """Whether one of our engines works on it."""
+        return any(job_id in scheduler.mine for scheduler in self._schedulers)
+
+    def _unwant(self, job_id: str) -> None:
+        for scheduler in self._schedulers:
+            if job_id in scheduler.mine:
+                scheduler.unwant(job_id)
 
     def _notice(self, task: asyncio.Task[None]) -> None:
         """A task that fails takes the server's readiness with it: work would be accepted and never done."""
         if not task.cancelled() and (error := task.exception()) is not None:
             log.critical("the dispatcher failed", exc_info=error)
-            self.engine.state, self.engine.error = "failed", "the dispatcher failed; the log has more"
+            for engine in self._engines:
+                engine.status.state, engine.status.error = "failed", "the dispatcher failed; the log has more"
 
     async def stop(self, *, at_once: bool = False) -> None:
         """Takes no more jobs, and returns when none is worked on.
@@ -104,28 +142,32 @@ class Dispatcher:
         queue, and the next server goes on with them from there.
 
         Args:
-            at_once: end the engine now; its jobs go back with the snapshots they have. Also during another `stop`.
+            at_once: end the engines now; their jobs go back with the snapshots they have. Also during another `stop`.
         """
         if at_once:
-            self._scheduler.stop()
+            for scheduler in self._schedulers:
+                scheduler.stop()
             self._thread.patient = False
-            self._engine.kill()
+            for engine in self._engines:
+                engine.kill()
         if self._stop is None:
             self._stop = asyncio.create_task(self._wind_down())
         await asyncio.shield(self._stop)
 
     async def _wind_down(self) -> None:
-        self._scheduler.stop()
-        self._news.dismiss(lambda job_id: job_id not in self._scheduler.mine)
-        if self._tasks:
-            work, tend = self._tasks
-            done, _ = await asyncio.wait([work], timeout=self._args.shutdown_timeout)
-            if not done:
+        for scheduler in self._schedulers:
+            scheduler.stop()
+        self._news.dismiss(lambda job_id: not self._is_ours(job_id))
+        if self._working:
+            _, late = await asyncio.wait(self._working, timeout=self._args.shutdown_timeout)
+            if late:
                 self._thread.patient = False
-                self._engine.keep()
-                await asyncio.wait([work])
-            tend.cancel()
-        await self._engine.stop()
+                for engine in self._engines:
+                    engine.keep()
+                await asyncio.wait(late)
+        if self._tending is not None:
+            self._tending.cancel()
+        await asyncio.gather(*(engine.stop() for engine in self._engines))
         self._news.dismiss(lambda _: True)
 
     # -- what clients want -----------------------------------------------------------
@@ -137,7 +179,7 @@ class Dispatcher:
             UserError: it cannot be honoured.
             EngineAway: there is nobody to ask.
         """
-        return await self._engine.check(sampling)
+        return await self.engine.best.check(sampling)
 
     async def submit(self, new: NewJob) -> tuple[Job, bool]:
         """Puts a job into the queue; from then on it is safe. False: it was there already, by its idempotency key.
@@ -148,7 +190,7 @@ class Dispatcher:
         new = replace(new, batch_key=_batch_key(new))
         job, is_new = await self._thread.run(self._store.add, new, self._args.max_queue_size)
         if is_new:
-            self._wake.set()
+            self._wake()
         return job, is_new
 
     async def cancel(self, job_id: str) -> Job | None:
@@ -163,9 +205,8 @@ class Dispatcher:
 
         before, now = await self._thread.run(ask)
         if before is not None and now is not None and now.status.is_end and not before.status.is_end:
-            await self._scheduler.conclude(now)
-        if job_id in self._scheduler.mine:
-            self._scheduler.unwant(job_id)
+            await self._schedulers[0].conclude(now)
+        self._unwant(job_id)
         return now
 
     async def watch(self, job_id: str, *, end_only: bool = False) -> AsyncIterator[JobEvent]:
@@ -183,13 +224,13 @@ class Dispatcher:
             if job is None:
                 raise KeyError(job_id)
             while not job.status.is_end:
-                if self._stop is not None and job_id not in self._scheduler.mine:
+                if self._stop is not None and not self._is_ours(job_id):
                     return
                 try:
                     async with asyncio.timeout(None if self._alone else POLL_S):
                         event = await feed.get()
                 except TimeoutError:  # another server may draw it
-                    if job_id not in self._scheduler.mine:
+                    if not self._is_ours(job_id):
                         seen, job = job, await self._look(job)
                         if job.step != seen.step:
                             yield Progress("denoising", job.step, job.steps)

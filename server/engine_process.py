@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import socket
 import sys
+from asyncio import FIRST_COMPLETED
 from asyncio.subprocess import DEVNULL, Process
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 from sgl_diffusion.runtime.checked import Checked
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.server.messages import (
+    LAST_WORDS,
+    LINE,
+    LOAD,
     Answer,
     Broken,
     Check,
@@ -29,6 +34,7 @@ from sgl_diffusion.server.messages import (
     Load,
     LoadFailed,
     Order,
+    RankFailed,
     Ready,
     read_answer,
 )
@@ -38,6 +44,9 @@ log = logging.getLogger("sgl_diffusion")
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.5, 30.0
 LONGEST_LINE_BYTES = 1 << 28  # a preview of the largest picture fits well into it
 ENDS_WITHIN_S = 5.0  # of its line being closed
+
+
+EngineState = Literal["starting", "ready", "restarting", "failed"]
 
 
 @dataclass
@@ -51,7 +60,7 @@ class EngineStatus:
         pid: of its process, while there is one.
     """
 
-    state: Literal["starting", "ready", "restarting", "failed"] = "starting"
+    state: EngineState = "starting"
     card: Mapping[str, Any] | None = None
     error: str | None = None
     restarts: int = 0
@@ -78,15 +87,17 @@ class EngineProcess:
     """One engine process at a time.
 
     It is a program of its own rather than a fork or a `multiprocessing` child: it imports nothing of the parent's main
-    module, and no pickle goes between the two.
+    module, and no pickle goes between the two. Where the model runs on several ranks, it starts and watches them; the
+    first of them draws and has the line to this process, and all of them live and die together.
 
     Args:
         on_ready: called whenever an engine has become ready.
+        environment: of the process; None for ours.
     """
 
-    def __init__(self, load: Load, on_ready: Callable[[], None]) -> None:
+    def __init__(self, load: Load, on_ready: Callable[[], None], environment: Mapping[str, str] | None = None) -> None:
         self.status = EngineStatus()
-        self._load, self._on_ready = load, on_ready
+        self._load, self._on_ready, self._environment = load, on_ready, environment
         self._process: Process | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._supervisor: asyncio.Task[None] | None = None
@@ -148,37 +159,47 @@ class EngineProcess:
         """One life of the process: until it closes its end of the line. Returns how it ended."""
         loop = asyncio.get_running_loop()
         self._started_at, self._broken = loop.time(), None
-        ours, theirs = socket.socketpair()
-        with theirs:
-            command = (sys.executable, "-P", "-m", "sgl_diffusion.server.worker", str(theirs.fileno()))
-            try:
-                self._process = process = await asyncio.create_subprocess_exec(
-                    *command, stdin=DEVNULL, pass_fds=[theirs.fileno()]
-                )
-            except OSError as e:
-                ours.close()
-                return f"could not be started ({e.strerror})"
-        self.status.pid = process.pid
-        reader, self._writer = await asyncio.open_connection(sock=ours, limit=LONGEST_LINE_BYTES)
+        connected: asyncio.Future[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = loop.create_future()
+
+        def on_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            if not connected.done():
+                connected.set_result((reader, writer))
+
+        with TemporaryDirectory(prefix="sgl-diffusion-engine-") as folder:
+            Path(folder, LOAD).write_bytes(self._load.line())
+            line = await asyncio.start_unix_server(on_connection, f"{folder}/{LINE}", limit=LONGEST_LINE_BYTES)
+            async with line:
+                command = (sys.executable, "-P", "-m", "sgl_diffusion.server.worker", folder)
+                try:
+                    self._process = process = await asyncio.create_subprocess_exec(
+                        *command, stdin=DEVNULL, env=self._environment, start_new_session=True
+                    )
+                except OSError as e:
+                    return f"could not be started ({e.strerror})"
+                self.status.pid = process.pid
+                try:
+                    ended: asyncio.Future[Any] = asyncio.ensure_future(process.wait())
+                    await asyncio.wait([connected, ended], return_when=FIRST_COMPLETED)
+                    if connected.done():
+                        await self._listen(*connected.result())
+                finally:
+                    status = await _end_of(process, at_once=not connected.done())
+                    self.status.pid = None
+            if (words := Path(folder, LAST_WORDS)).exists():
+                self._hear(read_answer(words.read_bytes()))
+        return self._broken or _death(status)
+
+    async def _listen(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """Until the process closes its end of the line."""
+        self._writer = writer
         try:
-            self._writer.write(self._load.line())
             while (line := await reader.readline()).endswith(b"\n"):
                 self._hear(read_answer(line))
         except ConnectionError:
             pass  # it died with something unread
         finally:
-            self._writer.close()
             self._writer = None
-            # it ends by itself when its line is closed. Killing one that has just died would take its status from
-            # asyncio, which could not tell of what it died then
-            try:
-                async with asyncio.timeout(ENDS_WITHIN_S):
-                    status = await process.wait()
-            except TimeoutError:
-                process.kill()
-                status = await process.wait()
-            self.status.pid = None
-        return self._broken or _death(status)
+            writer.close()
 
     def kill(self) -> None:
         """The process dies at once, with what it does, and there is no other."""
@@ -261,11 +282,28 @@ class EngineProcess:
                     future.set_exception((UserError if answer.is_user_error else RunFailure)(answer.message))
             case Broken():
                 self._broken = f"stopped: {answer.reason}"
+            case RankFailed():
+                self._broken = f"failed: {answer.message}"
+                if not self._first.done() and answer.is_user_error:
+                    self._give_up(UserError(answer.message))
             case _:
                 if isinstance(answer, Finished):
                     self._failures = 0
                 if self._told is not None:
                     self._told.put_nowait(answer)
+
+
+async def _end_of(process: Process, *, at_once: bool) -> int:
+    """The exit status. A process ends by itself when its line is closed, soon, or is killed."""
+    if at_once and process.returncode is None:
+        process.kill()
+    # killing one that has just died would take its status from asyncio, which could not tell of what it died then
+    try:
+        async with asyncio.timeout(ENDS_WITHIN_S):
+            return await process.wait()
+    except TimeoutError:
+        process.kill()
+        return await process.wait()
 
 
 def _death(status: int) -> str:

@@ -1,7 +1,8 @@
-"""What the API process and the engine process tell each other: JSON, an object a line, over two sockets. Torch-free.
+"""What the API process and the engine process tell each other: JSON, an object a line, over a socket. Torch-free.
 
-The API process sends `Load` once, then orders; the engine answers `Ready` or `LoadFailed`, then tells how they go. Of
-every job in a `Draw` it tells exactly one end: `Finished`, `Failed`, `Cancelled` or `Kept`, unless the process dies.
+They meet in a folder that the API process makes. `Load` lies there; orders go over the line; the engine answers `Ready`
+or `LoadFailed`, then tells how they go. Of every job in a `Draw` it tells exactly one end: `Finished`, `Failed`,
+`Cancelled` or `Kept`, unless the process dies.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from sgl_diffusion.runtime.checked import Checked
 from sgl_diffusion.server.jobs import Failure, ResultFile
+
+LOAD, LINE, LAST_WORDS = "load.json", "line", "last_words.json"  # files of that folder
 
 
 class Message(BaseModel):
@@ -96,6 +99,14 @@ class LoadFailed(Message):
     is_user_error: bool
 
 
+class RankFailed(Message):
+    """The last words of an engine that runs on several ranks, of which one failed or died."""
+
+    kind: Literal["rank_failed"] = "rank_failed"
+    message: str
+    is_user_error: bool
+
+
 class CheckPassed(Message):
     kind: Literal["check_passed"] = "check_passed"
     call: int
@@ -163,7 +174,7 @@ class Broken(Message):
 
 
 JobMessage = Progress | Preview | Finished | Failed | Cancelled | Kept
-Answer = Ready | LoadFailed | CheckPassed | CheckRefused | Broken | JobMessage
+Answer = Ready | LoadFailed | RankFailed | CheckPassed | CheckRefused | Broken | JobMessage
 
 _order: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="kind")])
 _answer: TypeAdapter[Answer] = TypeAdapter(Annotated[Answer, Field(discriminator="kind")])

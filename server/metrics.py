@@ -24,9 +24,9 @@ from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.report import Report
 from sgl_diffusion.server.cloud import Uploader
 from sgl_diffusion.server.database import StoreUnavailable
-from sgl_diffusion.server.engine_process import EngineStatus
 from sgl_diffusion.server.folders import REPORT, Folders
 from sgl_diffusion.server.jobs import Job, Status
+from sgl_diffusion.server.replicas import Replicas
 
 PREFIX = "sglang_diffusion"
 REQUEST_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -49,7 +49,7 @@ class Metrics:
 
     def __init__(
         self,
-        engine: EngineStatus,
+        engine: Replicas,
         folders: Folders,
         count_jobs: Callable[[], Mapping[Status, int]],
         uploader: Uploader | None = None,
@@ -193,7 +193,7 @@ class _Queue(Collector):
 
 
 class _Engine(Collector):
-    def __init__(self, engine: EngineStatus) -> None:
+    def __init__(self, engine: Replicas) -> None:
         self._engine = engine
 
     def collect(self) -> Iterator[Metric]:

@@ -27,10 +27,9 @@ RECORD_STEP_S = 0.2  # between two records of a job's progress
 
 
 class Scheduler:
-    """One task works (`work`), another keeps the leases meanwhile (`tend`).
+    """One engine's: its task is `work`.
 
     Args:
-        wake: to be set when there may be something to do.
         upload_state: of the results of jobs that complete.
 
     Attributes:
@@ -45,12 +44,11 @@ class Scheduler:
         folders: Folders,
         engine: EngineProcess,
         news: News,
-        wake: asyncio.Event,
         upload_state: UploadState,
     ) -> None:
         self.args, self.store, self.folders, self.news, self.upload_state = args, store, folders, news, upload_state
         self.mine: dict[str, Job] = {}
-        self._thread, self._engine, self._wake = thread, engine, wake
+        self._thread, self._engine, self._wake = thread, engine, asyncio.Event()
         self._unwanted: set[str] = set()  # of ours, those that a client cancelled
         self._stopping = False
 
@@ -68,24 +66,14 @@ class Scheduler:
                 log.error("no job can be taken from the queue, or be given back: %s", e)
                 await self._woken(POLL_S)
 
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._wake.set()
+
     def stop(self) -> None:
         """No further batch is begun."""
         self._stopping = True
         self._wake.set()
-
-    async def tend(self) -> None:
-        """Keeps the leases of our jobs, hears which were cancelled elsewhere, frees those of servers that died."""
-        while True:
-            await asyncio.sleep(self.store.lease_seconds / 3)
-            try:
-                unwanted = await self._thread.run(self.store.renew)
-                if await self._thread.run(self.store.reclaim):
-                    self._wake.set()
-            except StoreUnavailable as e:
-                log.error("leases cannot be renewed: %s", e)
-                continue
-            for job_id in unwanted & self.mine.keys():
-                self.unwant(job_id)
 
     def unwant(self, job_id: str) -> None:
         """Ends one of our jobs after its current step."""

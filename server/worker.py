@@ -1,5 +1,6 @@
-"""The engine process: `python -m sgl_diffusion.server.worker FD`, where FD is its end of the line to the API process.
+"""The engine process: `python -m sgl_diffusion.server.worker FOLDER`, where it meets the API process (`messages.py`).
 
+Of several ranks it starts the processes, all of them this program again; the first is the one to draw and to talk.
 Its main thread draws; another one listens, answers questions, and takes what is to be heard while something is drawn.
 torch is imported late: that takes seconds, in which the process can be told to end like at any other time.
 """
@@ -15,15 +16,22 @@ import socket
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, parse
 from sgl_diffusion.runtime.errors import RunFailure, UserError
+from sgl_diffusion.runtime.parallel.launch import as_rank, launch
+from sgl_diffusion.runtime.parallel.layout import read_layout
+from sgl_diffusion.runtime.parallel.ranks import speaks, started_ranks
 from sgl_diffusion.server.folders import Folders
 from sgl_diffusion.server.jobs import Failure
 from sgl_diffusion.server.logs import set_up_logs
 from sgl_diffusion.server.messages import (
+    LAST_WORDS,
+    LINE,
+    LOAD,
     Answer,
     Broken,
     Cancel,
@@ -34,6 +42,7 @@ from sgl_diffusion.server.messages import (
     Keep,
     Load,
     LoadFailed,
+    RankFailed,
     Ready,
     read_order,
 )
@@ -50,15 +59,13 @@ POLITENESS = 5  # of a drawing CPU: whoever asks the server something is answere
 class Worker:
     """The state that both threads share: `cancelled` and `keep` are set by the listener and read between steps."""
 
-    def __init__(self, line: socket.socket) -> None:
+    def __init__(self, load: Load, server_args: ServerArgs, line: socket.socket) -> None:
         self._in, self._out = line.makefile("rb"), line.makefile("wb")
         self._speaking = threading.Lock()
         self._orders: queue.SimpleQueue[Draw] = queue.SimpleQueue()
         self._cancelled: set[str] = set()
         self._keep = threading.Event()
-        load = Load.model_validate_json(self._in.readline())
-        self._server_args = parse(ServerArgs, load.server_args)
-        set_up_logs(self._server_args.log_level, load.log_format)
+        self._server_args = server_args
         self._folders = Folders(Path(load.data_dir))
         self._engine: Engine | None = None
 
@@ -89,11 +96,14 @@ class Worker:
                 batch.draw()
             except Exception as e:
                 log.exception("an unforeseen failure")
-                if is_fatal(e):
+                if is_fatal(e) or engine.lockstep.broken:
                     self.tell(Broken(reason=str(e).splitlines()[0]))
                     os._exit(1)
                 batch.fail(Failure("the engine failed in a way that it does not know; its log has more"))
             self._cancelled.difference_update(job.id for job in order.jobs)
+            if engine.lockstep.broken:
+                self.tell(Broken(reason="a request failed on some of its ranks, which are started again"))
+                os._exit(1)
 
     def _listen(self) -> None:
         """Until the API process closes the line, or dies: nothing is to work for nobody."""
@@ -129,11 +139,43 @@ class Worker:
 
 def main() -> None:
     _die_with_the_parent()
-    for signum in (signal.SIGINT, signal.SIGTERM):  # meant for the server, which decides what becomes of the work
-        signal.signal(signum, signal.SIG_IGN)
-    line = socket.socket(fileno=int(sys.argv[1]))
-    line.set_inheritable(False)
-    Worker(line).run()
+    folder = Path(sys.argv[1])
+    load = Load.model_validate_json((folder / LOAD).read_bytes())
+    server_args = parse(ServerArgs, load.server_args)
+    ranks, started = read_layout(server_args).ranks, started_ranks()
+    set_up_logs(server_args.log_level if speaks() else "error", load.log_format)
+    if ranks > 1 and started == 1:
+        _start_ranks(server_args, ranks, folder)
+        return
+    with as_rank() if ranks > 1 else nullcontext():
+        if not speaks():
+            _follow(server_args)
+            return
+        for signum in (signal.SIGINT, signal.SIGTERM):  # meant for the server, which decides what becomes of the work
+            signal.signal(signum, signal.SIG_IGN)
+        with socket.socket(socket.AF_UNIX) as line:
+            line.connect(str(folder / LINE))
+            Worker(load, server_args, line).run()
+
+
+def _start_ranks(server_args: ServerArgs, ranks: int, folder: Path) -> None:
+    """Until they end, which is when the first one's line is closed, or when one of them fails."""
+    try:
+        launch(server_args, ranks, "sgl_diffusion.server.worker", [str(folder)])
+    except (UserError, RunFailure) as e:
+        last_words = RankFailed(message=str(e), is_user_error=isinstance(e, UserError))
+        (folder / LAST_WORDS).write_bytes(last_words.line())
+        sys.exit(1)
+
+
+def _follow(server_args: ServerArgs) -> None:
+    from sgl_diffusion.runtime.engine import Engine
+
+    engine = Engine.load(server_args)
+    if engine.device.type == "cpu":
+        os.nice(POLITENESS)
+    with engine:
+        engine.follow()
 
 
 def _die_with_the_parent() -> None:

@@ -14,6 +14,7 @@ from test_args import parse
 
 import sgl_diffusion.kernels
 from sgl_diffusion.bench import attention_order
+from sgl_diffusion.kernels.launch import rehearsing
 from sgl_diffusion.runtime import attention as attention_module
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.attention import BACKENDS, EXACT, Attention, Case, order_table, pick, read_settings
@@ -85,6 +86,70 @@ def test_the_report_says_which_shapes_took_which_backend(monkeypatch: pytest.Mon
         x = torch.randn(1, keys, 2, 16)
         attend(x, x, x)
     assert attend.used == "torch_sdpa for 3, 4 keys; sage_attn for 5, 6 keys"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_sum_exps_come_with_the_result(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a matrix of all scores, which the kernel's reference would make."""
+    monkeypatch.setattr(attention_module, "attention", None)
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, n, 3, 16, generator=draw).to(dtype) for n in (5, 9, 9))
+    attend, out = Attention("transformer", None, CPU, dtype), torch.empty(2, 5, 6, 16, dtype=dtype)[:, :, ::2]
+    got, lse = attend(q, k, v, out=out, return_lse=True)
+    scores = torch.einsum("bqhk,bshk->bhqs", q.double(), k.double()) / 4
+    want = torch.einsum("bhqs,bshk->bqhk", scores.softmax(-1), v.double())
+    assert got is out and torch.allclose(got.double(), want, atol=1e-6 if dtype == torch.float32 else 1e-2)
+    assert torch.allclose(lse.double(), scores.logsumexp(-1), atol=1e-5)
+    assert lse.dtype == torch.float32 and lse.is_contiguous() and attend.used == "torch_sdpa"
+
+
+def test_attention_of_nothing() -> None:
+    attend, q = Attention("transformer", None, CPU, torch.float32), torch.randn(2, 5, 3, 16)
+    out, lse = attend(q, q[:, :0], q[:, :0], return_lse=True)
+    assert out.shape == q.shape and not out.any() and lse.shape == (2, 3, 5) and lse.isneginf().all()
+    out, lse = attend(q[:, :0], q, q, return_lse=True)
+    assert out.shape == (2, 0, 3, 16) and lse.shape == (2, 3, 0)
+    assert attend(q[:, :0], q, q).shape == (2, 0, 3, 16)
+
+
+def test_shapes_alone_give_log_sum_exps() -> None:
+    q, k = (torch.empty(2, n, 3, 16, device="meta") for n in (5, 9))
+    with rehearsing("cpu"):
+        out, lse = attention_module.shape_only_attention("transformer", None, CPU)(q, k, k, return_lse=True)
+    assert out.is_meta and out.shape == q.shape and lse.shape == (2, 3, 5) and lse.dtype == torch.float32
+
+
+def test_log_sum_exps_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand-ins for packages that need a GPU: what they are called with, and that their results come back."""
+    seen: dict[str, Any] = {}
+    lse = torch.randn(1, 4, 2).mT
+
+    def flash_attn_func(q: Any, k: Any, v: Any, **given: Any) -> Any:
+        seen["fa"] = given
+        return q + v, lse, None
+
+    def sageattn(q: Any, k: Any, v: Any, return_lse: bool = False, **given: Any) -> Any:
+        seen["sage_attn"] = given | {"return_lse": return_lse}
+        return q + v, lse.half()
+
+    for package, function in (("flash_attn", flash_attn_func), ("sageattention", sageattn)):
+        module = ModuleType(package)
+        setattr(module, function.__name__, function)
+        monkeypatch.setitem(sys.modules, package, module)
+    q, _, v = torch.randn(3, 1, 4, 2, 16)
+    for name in ("fa", "sage_attn"):
+        out, got = BACKENDS[name].run(q, q, v, out=torch.empty_like(q), return_lse=True)
+        assert torch.equal(out, q + v) and torch.allclose(got, lse, atol=1e-2)
+        assert got.is_contiguous() and got.dtype == torch.float32
+    assert seen["fa"] == {"return_attn_probs": True}
+    assert seen["sage_attn"] == {"return_lse": True, "tensor_layout": "NHD", "smooth_k": True}
+
+    monkeypatch.setattr(attention_module.importlib.util, "find_spec", lambda name: object())
+    case = Case(GPU, torch.bfloat16, 64, 9, lse=True)
+    assert BACKENDS["sage_attn"].reasons(case) == []
+    sys.modules["sageattention"].sageattn = lambda q, k, v: None  # type: ignore[attr-defined]
+    assert BACKENDS["sage_attn"].reasons(case)[0].startswith("this version of sageattention gives no log-sum-exps")
+    assert BACKENDS["sage_attn"].reasons(Case(GPU, torch.bfloat16, 64, 9)) == []
 
 
 def test_backends_are_timed_and_wrong_ones_left_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

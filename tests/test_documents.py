@@ -135,7 +135,6 @@ def test_a_picture_by_its_published_name(hub: Path, tmp_path: Path, command: str
     [
         (OFFLOAD, "text_encoder_cpu_offload=true: "),
         (LAYERWISE, "dit_layerwise_offload=true: "),
-        ("--num-gpus 4", "num_gpus=4: "),
     ],
 )
 def test_placement_that_this_machine_has_no_devices_for_is_refused(

@@ -17,7 +17,7 @@ from sgl_diffusion.kernels.op import Case, rel_l2
 pytestmark = pytest.mark.usefixtures("repaired_interpreter", "poisoned_memory")
 
 
-def split_ranks_formula(x_BLHK: Tensor, ranks: int, dim: str) -> Tensor:
+def split_ranks_formula(x_BLHK: Tensor, ranks: int, dim: str, out: Tensor | None) -> Tensor:
     return torch.stack(x_BLHK.chunk(ranks, dim=1 if dim == "tokens" else 2))
 
 
@@ -65,6 +65,26 @@ def test_ulysses_round_trip_among_ranks(B: int, impl: Any) -> None:
     result = [join_ranks(m, dim="heads", impl=impl) for m in back]
     assert all(torch.equal(got, tokens) for got, tokens in zip(result, x.chunk(P, dim=1), strict=True))
     assert all(x.is_contiguous() for x in [*sent, *received, *back, *result])
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_runs_of_uneven_heads_fill_one_buffer(tokens: int, impl: Any) -> None:
+    """Five heads on three ranks, 2 + 2 + 1: every rank's message in one buffer, with the tokens first, and back."""
+    B, K = 2, 16
+    x = torch.randn(B, tokens, 5, K, device=DEVICE)
+    messages = torch.full((tokens * B * 5 * K,), torch.nan, device=DEVICE)
+    cut = tokens * B * 4 * K
+    two = messages[:cut].view(2, tokens, B, 2, K).transpose(1, 2)
+    one = messages[cut:].view(1, tokens, B, 1, K).transpose(1, 2)
+    assert split_ranks(x[:, :, :4], 2, dim="heads", out=two, impl=impl) is two
+    split_ranks(x[:, :, 4:], 1, dim="heads", out=one, impl=impl)
+    sent = [x[:, :, heads].transpose(0, 1).flatten() for heads in (slice(0, 2), slice(2, 4), slice(4, 5))]
+    assert torch.equal(messages, torch.cat(sent))
+    back = torch.full((B, tokens, 7, K), torch.nan, device=DEVICE)
+    join_ranks(two, dim="heads", out=back[:, :, :4], impl=impl)
+    join_ranks(one, dim="heads", out=back[:, :, 4:5], impl=impl)
+    assert torch.equal(back[:, :, :5], x) and back[:, :, 5:].isnan().all()
 
 
 @pytest.mark.parametrize("impl", ["triton", "torch"])
@@ -129,7 +149,8 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: split_ranks(x4.mT, 2, dim="heads"), "x_BLHK: last dimension has stride 16"),
     (lambda: join_ranks(x4, dim="heads"), "messages_PBLHK: .* expected 5 dimensions"),
     (lambda: join_ranks(x4.unsqueeze(0).transpose(0, 1), dim="heads", out=x4[0]), "out: shape"),
-    (lambda: join_ranks(x4.expand(2, 2, 6, 4, 16), dim="heads"), "messages_PBLHK: strides .* expected contiguous"),
+    (lambda: join_ranks(x4.mT.expand(2, 2, 6, 16, 4), dim="heads"), "messages_PBLHK: last dimension has stride 16"),
+    (lambda: split_ranks(x4, 2, dim="heads", out=x4[None]), r"out: shape \(1, .*, expected \(2, 2, 6, 2, 16\)"),
     (lambda: join_ranks(x4[None], dim="heads", out=x4.half()), "out: dtype float16, expected float32"),
     (
         lambda: merge_attention(x4, lse3, x4[:, :2], lse3),

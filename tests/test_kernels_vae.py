@@ -13,13 +13,16 @@ from torch import Tensor
 
 from sgl_diffusion.kernels import channel_norm as channel_norm_file
 from sgl_diffusion.kernels import group_norm as group_norm_file
+from sgl_diffusion.kernels import group_norm_parts as group_norm_parts_file
 from sgl_diffusion.kernels.channel_norm import channel_norm
 from sgl_diffusion.kernels.group_norm import group_norm
+from sgl_diffusion.kernels.group_norm_parts import group_moments, group_norm_parts
 from sgl_diffusion.kernels.layout import CAUSAL_PAD, UPSAMPLE_NEAREST, causal_pad, upsample_nearest
-from sgl_diffusion.kernels.op import Case
+from sgl_diffusion.kernels.op import Case, rel_l2
 
 pytestmark = pytest.mark.usefixtures("repaired_interpreter", "poisoned_memory")
 IMPLS = ["triton", "torch"]
+PARTS_OPS = (group_norm_parts_file.MOMENTS_OP, group_norm_parts_file.PARTS_OP)  # contiguous alone
 OPS = (group_norm_file.OP, channel_norm_file.OP, UPSAMPLE_NEAREST, CAUSAL_PAD)
 
 
@@ -33,6 +36,27 @@ def group_norm_formula(x_BCHW: Tensor, weight_C: Tensor, bias_C: Tensor, groups:
     normed = (centred / (centred.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt()).view(x_BCHW.shape)
     ones = [1] * (x_BCHW.ndim - 2)
     return silu_if(silu, normed * weight_C.view(-1, *ones) + bias_C.view(-1, *ones))
+
+
+def group_moments_formula(x_BCHW: Tensor, groups: int) -> Tensor:
+    grouped = x_BCHW.reshape(x_BCHW.shape[0] * groups, -1)
+    mean = grouped.mean(-1, keepdim=True)
+    squares = (grouped - mean).pow(2).sum(-1)
+    return torch.stack([torch.full_like(squares, grouped.shape[1]), mean[:, 0], squares], -1)
+
+
+def group_norm_parts_formula(
+    x_BCHW: Tensor, moments_PG3: Tensor, weight_C: Tensor, bias_C: Tensor, groups: int, silu: bool, out: Tensor | None
+) -> tuple[Tensor, ...]:
+    """By sums and sums of squares, which float64 can afford."""
+    count, mean, squares = moments_PG3.unbind(-1)
+    total = (count * mean).sum(0) / count.sum(0)
+    variance = (squares + count * mean**2).sum(0) / count.sum(0) - total**2
+    grouped = x_BCHW.reshape(x_BCHW.shape[0] * groups, -1)
+    normed = ((grouped - total[:, None]) / (variance[:, None] + 1e-6).sqrt()).view(x_BCHW.shape)
+    ones = [1] * (x_BCHW.ndim - 2)
+    y = silu_if(silu, normed * weight_C.view(-1, *ones) + bias_C.view(-1, *ones))
+    return (y,) if out is None else (y, y)
 
 
 def channel_norm_formula(
@@ -84,13 +108,15 @@ def causal_pad_formula(
 
 FORMULAS: dict[str, Formula] = {
     "group_norm": group_norm_formula,
+    "group_moments": group_moments_formula,
+    "group_norm_parts": group_norm_parts_formula,
     "channel_norm": channel_norm_formula,
     "upsample_nearest": upsample_formula,
     "causal_pad": causal_pad_formula,
 }
 
 
-@pytest.mark.parametrize("case", list(cases(OPS)), ids=lambda c: f"{c.op.name}-{c}")
+@pytest.mark.parametrize("case", list(cases(OPS + PARTS_OPS)), ids=lambda c: f"{c.op.name}-{c}")
 @pytest.mark.parametrize("impl", IMPLS)
 def test_matches_the_formula(case: Case, impl: Any) -> None:
     check(case, impl, FORMULAS[case.op.name])
@@ -142,6 +168,18 @@ def test_a_pixel_of_zeros_stays_zero(impl: Any) -> None:
     assert (channel_norm(x, eps_in_mean=True, eps=1e-8, impl=impl)[:, :, 0] == 0).all()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+def test_the_norm_of_parts_is_the_norm_of_the_whole(impl: Any) -> None:
+    """Also where parts are far apart, as a sky and a forest."""
+    x = torch.randn(2, 6, 8, 7, device=DEVICE)
+    x[:, :, 3:] += 30
+    weight, parts = torch.randn(6, device=DEVICE), [part.contiguous() for part in x.split([3, 4, 1], 2)]
+    moments = torch.stack([group_moments(part, 3, impl=impl) for part in parts])
+    got = [group_norm_parts(part, moments, weight, weight, 3, silu=True, impl=impl) for part in parts]
+    want = group_norm_formula(x.double(), weight.double(), weight.double(), 3, silu=True)
+    assert rel_l2(torch.cat(got, 2), want) < 1e-6
+
+
 def test_values_are_moved_bit_by_bit() -> None:
     x = torch.randn(1, 3, 2, 4, 4, device=DEVICE)
     assert torch.equal(upsample_nearest(x, impl="triton")[..., ::2, 1::2], x)
@@ -149,12 +187,16 @@ def test_values_are_moved_bit_by_bit() -> None:
 
 
 x4, x5, v6 = torch.zeros(2, 6, 4, 5), torch.zeros(1, 6, 2, 4, 5), torch.zeros(6)
+m43 = torch.ones(1, 4, 3)
 x5_last = x5.contiguous(memory_format=torch.channels_last_3d)
 
 MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: group_norm(x4.mT, v6, v6, 2), "x_BCHW: strides .* expected contiguous or channels last"),
     (lambda: group_norm(x4[0, 0], v6, v6, 2), r"x_BCHW: shape \(4, 5\), expected \(B, C, ...\)"),
     (lambda: group_norm(x5_last, v6, v6, 4), "groups=4: expected a divisor of the 6 channels"),
+    (lambda: group_moments(x4, 4), r"x_BCHW: shape \(2, 6, 4, 5\), expected \(B, C, ...\) with C in 4 groups"),
+    (lambda: group_norm_parts(x4, torch.zeros(2, 6, 3), v6, v6, 2), r"moments_PG3: shape .* expected \(2, 4, 3\)"),
+    (lambda: group_norm_parts(x4, m43, v6, v6, 2, out=x4.mT.contiguous().mT), "pixels_of_out: strides"),
     (lambda: channel_norm(x4[0]), r"x: shape \(6, 4, 5\), expected \(B, C, H, W\) or"),
     (lambda: channel_norm(x4, v6[:5]), r"weight_C: shape \(5,\), expected \(6,\)"),
     (lambda: channel_norm(x4, None, v6.int()), "bias_C: dtype int32"),

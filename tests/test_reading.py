@@ -26,9 +26,10 @@ from sgl_diffusion.runtime.encoders import load_encoder
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.pipeline import NativePipeline
+from sgl_diffusion.runtime.reading import Run
 from sgl_diffusion.runtime.report import Report
 from sgl_diffusion.runtime.resolve import resolve
-from sgl_diffusion.runtime.weights import load_weights, slots
+from sgl_diffusion.runtime.weights import Share, find_weights, load_weights, slots
 
 CPU = torch.device("cpu")
 NOT_A_NUMBER = 0xFF  # as every byte, in all dtypes of weights
@@ -157,6 +158,45 @@ def test_every_byte_arrives_in_its_row_and_dtype(
         assert len(streams.spaces) == (0 if stored == wanted else reading.RING)
 
 
+@pytest.mark.parametrize("through", ["the host", "a copy stream"])
+@pytest.mark.parametrize("wanted", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_reads_its_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, wanted: torch.dtype, through: str
+) -> None:
+    """Of q, k and v the rows of its heads; of the columns that read two inputs side by side, its run of each."""
+    monkeypatch.setattr(reading, "STAGING", 1024)
+    stored = packed_checkpoint(tmp_path / "w.safetensors", torch.float32)
+    with torch.device("meta"):
+        module = Packed()
+        module.qkv, module.out[1] = nn.Linear(48, 32), nn.Linear(32, 50)
+    module.qkv.share = Share(0, (2, 1, 1), rank, 2)
+    module.out[1].share = Share(1, (1, 3), rank, 2)
+    streams = StandIn() if through == "a copy stream" else None
+    times = load_weights(module, [tmp_path / "w.safetensors"], CPU, wanted, streams)
+    if streams is not None:
+        assert not streams.pending
+
+    def half(name: str) -> Tensor:
+        return stored[name].chunk(2)[rank]
+
+    for leaf in ("weight", "bias"):
+        expected = torch.cat([half(f"{part}.{leaf}") for part in "qkv"]).to(wanted)
+        assert torch.equal(getattr(module.qkv, leaf), expected)
+    first, second = stored["out.1.weight"].split([16, 48], dim=1)
+    expected = torch.cat([first.chunk(2, 1)[rank], second.chunk(2, 1)[rank]], dim=1).to(wanted)
+    assert torch.equal(module.out[1].weight, expected)
+    assert torch.equal(module.out[1].bias, stored["out.1.bias"].to(wanted))
+    assert torch.equal(module.out[2].weight, stored["out.2.weight"].to(wanted))
+
+    others = sum(half(f"{part}.{leaf}").nbytes for part in "qkv" for leaf in ("weight", "bias"))
+    twice = stored["out.1.weight"].nbytes  # its rows, once for each run
+    assert times.bytes_read == sum(t.nbytes for t in stored.values()) - others + twice
+    for source in find_weights(module, [tmp_path / "w.safetensors"]):  # as weights do that stay in their files
+        rows = module.get_parameter(source.slot.parameter)[source.slot.start : source.slot.stop]
+        assert torch.equal(source.read().to(wanted), rows)
+
+
 def test_locked_memory_that_is_refused_is_told(tmp_path: Path) -> None:
     packed_checkpoint(tmp_path / "w.safetensors", torch.float32)
     with torch.device("meta"):
@@ -228,7 +268,7 @@ def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-4])
     told = r"w.safetensors: ends before byte \d+, which its header promises"
     with reading.Loader() as loader, pytest.raises(UserError, match=told):
-        loader.load([(last, torch.empty(last.shape))])
+        loader.load([(Run(last), torch.empty(last.shape))])
 
 
 def test_a_weight_in_two_files_is_named(tmp_path: Path) -> None:

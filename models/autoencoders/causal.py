@@ -3,8 +3,10 @@
 Tensors are channels last in memory, so that frames are a batch of pictures without a copy, and convolutions find the
 layout in which they are fastest. Parameter names are those of diffusers' `AutoencoderKLWan`.
 
-Layers work on whole pictures or on tiles of them (`windows.py`): `sees` tells what a layer has to be given for a window
-of its result, and `gives` the window that comes of what it is given.
+Layers work on whole pictures, on tiles of them (`windows.py`): `sees` tells what a layer has to be given for a window
+of its result, and `gives` the window that comes of what it is given; or on bands of their rows, of which other ranks
+have the others (`bands.py`). What they remember of a band are its own rows and the neighbours', which are not told
+again.
 """
 
 from __future__ import annotations
@@ -19,12 +21,12 @@ from torch import Tensor, nn
 
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.channel_norm import channel_norm
-from sgl_diffusion.kernels.layout import upsample_nearest
+from sgl_diffusion.models.autoencoders.bands import ONE_BAND, Bands, conv3x3, copied, doubled, filled
 from sgl_diffusion.models.autoencoders.windows import WHOLE, Padding, Window, trimmed
 from sgl_diffusion.models.config import ConfigError
 from sgl_diffusion.models.family import AttentionFn
 
-# B batch  C channels  T frames  N = B * T pictures  H, W spatial  L = H * W
+# B batch  C channels  T frames  N = B * T pictures  H, W spatial, of a picture, a tile or a band  L = H * W
 PAST = 2  # frames before its own that a causal convolution sees
 NO_RIM: Padding = (0, 0, 0, 0)
 SMALL_CONVOLUTION = 20480  # numbers without the last side, up to which PyTorch does not ask oneDNN (`use_mkldnn`)
@@ -133,8 +135,9 @@ class ChannelNorm(nn.Module):
 class CausalConv3d(nn.Conv3d):
     """A convolution over 3 frames, the chunk's own and two before it; frames before the first are zeros."""
 
-    def __init__(self, inner: int, outer: int, size: int = 3) -> None:
+    def __init__(self, inner: int, outer: int, size: int = 3, bands: Bands = ONE_BAND) -> None:
         super().__init__(inner, outer, (1 + PAST, size, size), padding=(0, size // 2, size // 2))
+        self.bands = bands
 
     def sees(self, out: Window) -> Window:
         return out.grown(self.kernel_size[-1] // 2)
@@ -148,18 +151,20 @@ class CausalConv3d(nn.Conv3d):
         """Of x, normed first if asked: the norm writes behind the frames that precede x, so nothing is joined.
 
         Zeros around the whole are the convolution's own. It cannot give them to some sides alone, as a tile needs them:
-        those are written to the same frames.
+        those are written to the same frames. So are rows of other bands, which travel meanwhile as they are and are
+        normed where they arrive.
         """
-        T, H, W = x_BCTHW.shape[2:]
+        B, C, T, H, W = x_BCTHW.shape
         past = 1 if history.is_first else PAST
-        is_whole = padding == WHOLE or self.kernel_size[-1] == 1
-        rim, pads = (NO_RIM, self.padding) if is_whole else (padding, (0, 0, 0))
-        frames = empty_frames(x_BCTHW, past + T, rim)
-        own = frames[:, :, past:, rim[0] : rim[0] + H, rim[2] : rim[2] + W]
-        if norm is None:
-            own.copy_(x_BCTHW)
+        is_point, is_whole = self.kernel_size[-1] == 1, padding == WHOLE
+        rims, write = None if is_point else self.bands.rims(x_BCTHW), copied if norm is None else norm
+        if rims is None:
+            rim, pads = (NO_RIM, self.padding) if is_whole or is_point else (padding, (0, 0, 0))
+            frames = empty_frames(x_BCTHW, past + T, rim)
+            write(x_BCTHW, frames[:, :, past:, rim[0] : rim[0] + H, rim[2] : rim[2] + W])
         else:
-            norm(x_BCTHW, out=own)
+            frames, pads = empty_clip(x_BCTHW, (B, C, past + T, 1 + H + 1, W)), (0, 0, 1)
+            filled(frames[:, :, past:], x_BCTHW, rims, write)
         if history.is_first:
             frames[:, :, 0].zero_()
             history.keep(frames)
@@ -176,10 +181,10 @@ class CausalConv3d(nn.Conv3d):
 class ResidualBlock(nn.Module):
     REACH = 2  # pixels that its two convolutions see beyond each side
 
-    def __init__(self, inner: int, outer: int) -> None:
+    def __init__(self, inner: int, outer: int, bands: Bands = ONE_BAND) -> None:
         super().__init__()
-        self.norm1, self.conv1 = ChannelNorm(inner), CausalConv3d(inner, outer)
-        self.norm2, self.conv2 = ChannelNorm(outer), CausalConv3d(outer, outer)
+        self.norm1, self.conv1 = ChannelNorm(inner), CausalConv3d(inner, outer, bands=bands)
+        self.norm2, self.conv2 = ChannelNorm(outer), CausalConv3d(outer, outer, bands=bands)
         self.conv_shortcut = nn.Conv3d(inner, outer, 1) if inner != outer else None
 
     def sees(self, out: Window) -> Window:
@@ -197,31 +202,41 @@ class ResidualBlock(nn.Module):
 class PictureAttention(nn.Module):
     """One head over all positions of a frame; frames do not see each other."""
 
-    def __init__(self, channels: int, attention: AttentionFn) -> None:
+    def __init__(self, channels: int, attention: AttentionFn, bands: Bands) -> None:
         super().__init__()
-        self.attention = attention
+        self.attention, self.bands = attention, bands
         self.norm = ChannelNorm(channels, silu=False, ones=2)
         self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.proj = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x_BCTHW: Tensor) -> Tensor:
+    def forward(self, x_BCTHW: Tensor, rows: int) -> Tensor:
+        """Positions of all `rows` are keys: those of other bands come as features, half of what keys and values are."""
         B, C, _, H, W = x_BCTHW.shape
-        x_NLC = self.norm(as_pictures(x_BCTHW)).flatten(2).transpose(1, 2)
+        x_NCHW = self.norm(as_pictures(x_BCTHW))
+        x_NLC = x_NCHW.flatten(2).transpose(1, 2)
         # convolutions of single pixels are linear layers
-        qkv = F.linear(x_NLC, self.to_qkv.weight.flatten(1), self.to_qkv.bias)
-        mixed = self.attention(*qkv.unflatten(-1, (3, 1, C)).unbind(2)).flatten(2)
+        weight, bias = self.to_qkv.weight.flatten(1), self.to_qkv.bias
+        if self.bands.ranks == 1:
+            q, k, v = F.linear(x_NLC, weight, bias).unflatten(-1, (3, 1, C)).unbind(2)
+        else:
+            assert bias is not None
+            seen_NLC = self.bands.whole(x_NCHW, rows).flatten(2).transpose(1, 2)
+            q = F.linear(x_NLC, weight[:C], bias[:C]).unsqueeze(2)
+            k, v = F.linear(seen_NLC, weight[C:], bias[C:]).unflatten(-1, (2, 1, C)).unbind(2)
+        mixed = self.attention(q, k, v).flatten(2)
         mixed = F.linear(mixed, self.proj.weight.flatten(1), self.proj.bias)
         return as_frames(mixed.transpose(1, 2).unflatten(2, (H, W)), B).add_(x_BCTHW)
 
 
 class MidBlock(nn.Module):
-    def __init__(self, channels: int, attention: AttentionFn) -> None:
+    def __init__(self, channels: int, attention: AttentionFn, bands: Bands = ONE_BAND) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResidualBlock(channels, channels) for _ in range(2))
-        self.attentions = nn.ModuleList([PictureAttention(channels, attention)])
+        self.resnets = nn.ModuleList(ResidualBlock(channels, channels, bands) for _ in range(2))
+        self.attentions = nn.ModuleList([PictureAttention(channels, attention, bands)])
 
-    def forward(self, x: Tensor, history: History) -> Tensor:
-        return self.resnets[1](self.attentions[0](self.resnets[0](x, history)), history)
+    def forward(self, x: Tensor, history: History, rows: int) -> Tensor:
+        """Of x, all `rows` or a band of them."""
+        return self.resnets[1](self.attentions[0](self.resnets[0](x, history), rows), history)
 
 
 # -- changes of resolution ----------------------------------------------------------
@@ -230,14 +245,15 @@ class MidBlock(nn.Module):
 class Upsample(nn.Module):
     """Twice the height and width, and with `frames` twice the frames, but for the first of a clip."""
 
-    def __init__(self, inner: int, outer: int, *, frames: bool) -> None:
+    def __init__(self, inner: int, outer: int, bands: Bands = ONE_BAND, *, frames: bool) -> None:
         super().__init__()
-        self.resample = nn.ModuleList([nn.Identity(), nn.Conv2d(inner, outer, 3, padding=1)])
+        self.bands = bands
+        self.resample = nn.ModuleList([nn.Identity(), conv3x3(inner, outer, bands)])
         self.time_conv = CausalConv3d(inner, 2 * inner, size=1) if frames else None
 
     def forward(self, x_BCTHW: Tensor, history: History) -> Tensor:
         pictures = as_pictures(x_BCTHW) if self.time_conv is None else self._doubled(x_BCTHW, history)
-        return as_frames(channels_last(self.resample[1](upsample_nearest(pictures))), len(x_BCTHW))
+        return as_frames(channels_last(self.resample[1](doubled(pictures, self.bands))), len(x_BCTHW))
 
     def _doubled(self, x_BCTHW: Tensor, history: History) -> Tensor:
         """Pictures of two frames for each; the first frame of a clip stays alone, and the next does not see it."""

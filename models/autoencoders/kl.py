@@ -14,12 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sgl_diffusion.kernels.group_norm import group_norm
-from sgl_diffusion.kernels.layout import upsample_nearest
+from sgl_diffusion.kernels.group_norm_parts import group_moments, group_norm_parts
+from sgl_diffusion.models.autoencoders.bands import ONE_BAND, Bands, check_no_bands, conv3x3, doubled, with_rims
 from sgl_diffusion.models.autoencoders.tiles import tiled
 from sgl_diffusion.models.config import demand, read_config
 from sgl_diffusion.models.family import AttentionFn
 
-# B batch  C channels  H, W spatial
+# B batch  C channels  H, W spatial, of the picture or of a band of its rows
 NORM_EPS = 1e-6
 
 
@@ -71,27 +72,40 @@ class VaeConfig:
 
 
 class GroupNorm(nn.Module):
-    """Weights of a group norm, with the SiLU that follows it in the same kernel where there is one."""
+    """Weights of a group norm, with the SiLU that follows it in the same kernel where there is one.
 
-    def __init__(self, groups: int, channels: int, *, silu: bool) -> None:
+    Args:
+        rims: a convolution of 3 x 3 follows, which is given rows of other bands too.
+    """
+
+    def __init__(self, groups: int, channels: int, bands: Bands, *, silu: bool, rims: bool = True) -> None:
         super().__init__()
         self.weight, self.bias = (
             nn.Parameter(torch.ones(channels)),
             nn.Parameter(torch.zeros(channels)),
         )
-        self.groups, self.silu = groups, silu
+        self.groups, self.bands, self.silu, self.rims = groups, bands, silu, rims
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        return group_norm(x_BCHW, self.weight, self.bias, self.groups, NORM_EPS, silu=self.silu)
+        if self.bands.ranks == 1:
+            return group_norm(x_BCHW, self.weight, self.bias, self.groups, NORM_EPS, silu=self.silu)
+        # rows travel as they are while the moments are taken, and are normed where they arrive
+        rims = self.bands.rims(x_BCHW) if self.rims else None
+        moments = self.bands.gathered(group_moments(x_BCHW, self.groups))
+
+        def write(x: Tensor, out: Tensor | None = None) -> Tensor:
+            return group_norm_parts(x, moments, self.weight, self.bias, self.groups, NORM_EPS, silu=self.silu, out=out)
+
+        return write(x_BCHW) if rims is None else with_rims(x_BCHW, rims, write)
 
 
 class ResnetBlock(nn.Module):
-    def __init__(self, inner: int, outer: int, groups: int) -> None:
+    def __init__(self, inner: int, outer: int, groups: int, bands: Bands) -> None:
         super().__init__()
-        self.norm1 = GroupNorm(groups, inner, silu=True)
-        self.conv1 = nn.Conv2d(inner, outer, 3, padding=1)
-        self.norm2 = GroupNorm(groups, outer, silu=True)
-        self.conv2 = nn.Conv2d(outer, outer, 3, padding=1)
+        self.norm1 = GroupNorm(groups, inner, bands, silu=True)
+        self.conv1 = conv3x3(inner, outer, bands)
+        self.norm2 = GroupNorm(groups, outer, bands, silu=True)
+        self.conv2 = conv3x3(outer, outer, bands)
         self.conv_shortcut = nn.Conv2d(inner, outer, 1) if inner != outer else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,59 +116,64 @@ class ResnetBlock(nn.Module):
 class SpatialAttention(nn.Module):
     """One head over all positions (`Attention` with a group norm and a residual)."""
 
-    def __init__(self, channels: int, groups: int, attention: AttentionFn) -> None:
+    def __init__(self, channels: int, groups: int, attention: AttentionFn, bands: Bands) -> None:
         super().__init__()
-        self.attention = attention
-        self.group_norm = GroupNorm(groups, channels, silu=False)
+        self.attention, self.bands = attention, bands
+        self.group_norm = GroupNorm(groups, channels, bands, silu=False, rims=False)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(channels, channels)])
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, x_BCHW: Tensor, rows: int) -> Tensor:
+        """Positions of all `rows` are keys: those of other bands come as features, half of what keys and values are."""
         B, C, H, W = x_BCHW.shape
-        tokens = self.group_norm(x_BCHW).view(B, C, H * W).transpose(1, 2)
-        q, k, v = (f(tokens).view(B, H * W, 1, C) for f in (self.to_q, self.to_k, self.to_v))
+        normed = self.group_norm(x_BCHW)
+        tokens, seen = (x.flatten(2).transpose(1, 2) for x in (normed, self.bands.whole(normed, rows)))
+        q, k, v = (f(x).view(B, -1, 1, C) for f, x in ((self.to_q, tokens), (self.to_k, seen), (self.to_v, seen)))
         mixed = self.to_out[0](self.attention(q, k, v).view(B, H * W, C))
         return x_BCHW + mixed.transpose(1, 2).reshape(B, C, H, W)
 
 
 class MidBlock(nn.Module):
-    def __init__(self, C: int, config: VaeConfig, attention: AttentionFn) -> None:
+    def __init__(self, C: int, config: VaeConfig, attention: AttentionFn, bands: Bands) -> None:
         super().__init__()
         groups = config.norm_num_groups
-        self.resnets = nn.ModuleList(ResnetBlock(C, C, groups) for _ in range(2))
+        self.resnets = nn.ModuleList(ResnetBlock(C, C, groups, bands) for _ in range(2))
         with_attention = config.mid_block_add_attention
-        self.attentions = nn.ModuleList([SpatialAttention(C, groups, attention)] if with_attention else [])
+        self.attentions = nn.ModuleList([SpatialAttention(C, groups, attention, bands)] if with_attention else [])
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rows: int) -> Tensor:
+        """Of x, all `rows` or a band of them."""
         x = self.resnets[0](x)
         for attention in self.attentions:
-            x = attention(x)
+            x = attention(x, rows)
         return self.resnets[1](x)
 
 
 class Resample(nn.Module):
     """A 3x3 convolution after nearest doubling (`up`) or with stride 2 after padding right and below."""
 
-    def __init__(self, channels: int, *, up: bool) -> None:
+    def __init__(self, channels: int, bands: Bands, *, up: bool) -> None:
         super().__init__()
-        self.up = up
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if up else nn.Conv2d(channels, channels, 3, stride=2)
+        self.up, self.bands = up, bands
+        self.conv = conv3x3(channels, channels, bands) if up else nn.Conv2d(channels, channels, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.up:
-            return self.conv(upsample_nearest(x))
+            return self.conv(doubled(x, self.bands))
         return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Stage(nn.Module):
     """ResNet blocks at one resolution, then a change of resolution unless it is the last stage."""
 
-    def __init__(self, inner: int, outer: int, blocks: int, groups: int, *, up: bool, last: bool) -> None:
+    def __init__(self, inner: int, outer: int, blocks: int, groups: int, bands: Bands, *, up: bool, last: bool) -> None:
         super().__init__()
-        self.resnets = nn.ModuleList(ResnetBlock(inner if i == 0 else outer, outer, groups) for i in range(blocks))
+        self.resnets = nn.ModuleList(
+            ResnetBlock(inner if i == 0 else outer, outer, groups, bands) for i in range(blocks)
+        )
         self.resample = "upsamplers" if up else "downsamplers"
         if not last:
-            setattr(self, self.resample, nn.ModuleList([Resample(outer, up=up)]))
+            setattr(self, self.resample, nn.ModuleList([Resample(outer, bands, up=up)]))
         self.last = last
 
     def forward(self, x: Tensor) -> Tensor:
@@ -176,49 +195,52 @@ class Encoder(nn.Module):
                 w,
                 config.layers_per_block,
                 groups,
+                ONE_BAND,
                 up=False,
                 last=i == len(widths) - 1,
             )
             for i, w in enumerate(widths)
         )
-        self.mid_block = MidBlock(widths[-1], config, attention)
-        self.conv_norm_out = GroupNorm(groups, widths[-1], silu=True)
+        self.mid_block = MidBlock(widths[-1], config, attention, ONE_BAND)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], ONE_BAND, silu=True)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x)))
+        return self.conv_out(self.conv_norm_out(self.mid_block(x, x.shape[2])))
 
 
 class Decoder(nn.Module):
-    """Latents (B, C, h, w) -> pictures (B, 3, f h, f w)."""
+    """Latents (B, C, h, w) -> pictures (B, 3, f h, f w), with a band of rows on every rank in between."""
 
-    def __init__(self, config: VaeConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: VaeConfig, attention: AttentionFn, bands: Bands) -> None:
         super().__init__()
-        widths, groups = config.decoder_widths[::-1], config.norm_num_groups
-        self.conv_in = nn.Conv2d(config.latent_channels, widths[0], 3, padding=1)
-        self.mid_block = MidBlock(widths[0], config, attention)
+        widths, groups, self.bands = config.decoder_widths[::-1], config.norm_num_groups, bands
+        self.conv_in = conv3x3(config.latent_channels, widths[0], bands)
+        self.mid_block = MidBlock(widths[0], config, attention, bands)
         self.up_blocks = nn.ModuleList(
             Stage(
                 widths[max(i - 1, 0)],
                 w,
                 config.layers_per_block + 1,
                 groups,
+                bands,
                 up=True,
                 last=i == len(widths) - 1,
             )
             for i, w in enumerate(widths)
         )
-        self.conv_norm_out = GroupNorm(groups, widths[-1], silu=True)
-        self.conv_out = nn.Conv2d(widths[-1], config.out_channels, 3, padding=1)
+        self.conv_norm_out = GroupNorm(groups, widths[-1], bands, silu=True)
+        self.conv_out = conv3x3(widths[-1], config.out_channels, bands)
 
     def forward(self, z: Tensor) -> Tensor:
-        x = self.mid_block(self.conv_in(z))
+        rows, z = z.shape[2], self.bands.cut(z)
+        x = self.mid_block(self.conv_in(with_rims(z, self.bands.rims(z))), rows)
         for block in self.up_blocks:
             x = block(x)
-        return self.conv_out(self.conv_norm_out(x))
+        return self.bands.whole(self.conv_out(self.conv_norm_out(x)), rows)
 
 
 class AutoencoderKL(nn.Module):
@@ -231,6 +253,8 @@ class AutoencoderKL(nn.Module):
         slicing: decode one picture of a batch at a time.
         tile_height, tile_width: pixels of a tile; the checkpoint's `sample_size` where None.
         with_encoder: build the encoder too.
+        bands: decode on several ranks, in bands of rows without seams; not in tiles then. All ranks have, and get, the
+            whole. Encoding is every rank's own.
     """
 
     def __init__(
@@ -243,12 +267,13 @@ class AutoencoderKL(nn.Module):
         tile_height: int | None = None,
         tile_width: int | None = None,
         with_encoder: bool = False,
+        bands: Bands = ONE_BAND,
     ) -> None:
         super().__init__()
         self.config, self.tiling, self.slicing = config, tiling, slicing
         self.tile = (tile_height or config.sample_size, tile_width or config.sample_size)
         C = config.latent_channels
-        self.decoder = Decoder(config, attention)
+        self.decoder = Decoder(config, attention, bands)
         if config.use_post_quant_conv:
             self.post_quant_conv = nn.Conv2d(C, C, 1)
         if with_encoder:
@@ -288,6 +313,7 @@ class AutoencoderKL(nn.Module):
         f = self.config.downsampling
         rows, columns = self.tile[0] // f, self.tile[1] // f
         if self.tiling and (z.shape[2] > rows or z.shape[3] > columns):
+            check_no_bands(self.decoder.bands)
             return tiled(self._decode_whole, z, rows, columns)
         return self._decode_whole(z)
 

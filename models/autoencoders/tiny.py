@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sgl_diffusion.kernels.layout import upsample_nearest
+from sgl_diffusion.models.autoencoders.bands import ONE_BAND, Bands, check_no_bands, with_rims
 from sgl_diffusion.models.autoencoders.tiles import tiled
 from sgl_diffusion.models.config import ConfigError, demand, read_config
 from sgl_diffusion.models.family import AttentionFn
@@ -70,12 +71,23 @@ class TinyConfig:
         return int(2 ** (len(self.num_decoder_blocks) - 1))
 
 
+class Conv3x3(nn.Conv2d):
+    """A convolution of a picture, or of a band of its rows."""
+
+    def __init__(self, inner: int, outer: int, bands: Bands, *, bias: bool = True) -> None:
+        super().__init__(inner, outer, 3, padding=(1 if bands.ranks == 1 else 0, 1), bias=bias)
+        self.bands = bands
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(with_rims(x, self.bands.rims(x)))
+
+
 class Block(nn.Module):
     """`AutoencoderTinyBlock`: three convolutions beside the way past them."""
 
-    def __init__(self, channels: int, act_fn: str) -> None:
+    def __init__(self, channels: int, act_fn: str, bands: Bands) -> None:
         super().__init__()
-        convs = [nn.Conv2d(channels, channels, 3, padding=1) for _ in range(3)]
+        convs = [Conv3x3(channels, channels, bands) for _ in range(3)]
         act = ACTIVATIONS[act_fn]
         self.conv = nn.Sequential(convs[0], act(), convs[1], act(), convs[2])
 
@@ -99,7 +111,7 @@ class Encoder(nn.Module):
                 layers.append(nn.Conv2d(config.in_channels, width, 3, padding=1))
             else:
                 layers.append(nn.Conv2d(width, width, 3, padding=1, stride=2, bias=False))
-            layers += [Block(width, config.act_fn) for _ in range(blocks)]
+            layers += [Block(width, config.act_fn, ONE_BAND) for _ in range(blocks)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(width, config.latent_channels, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,19 +122,20 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents (B, C, h, w) -> pictures (B, 3, f h, f w) in about [-1, 1]."""
 
-    def __init__(self, config: TinyConfig) -> None:
+    def __init__(self, config: TinyConfig, bands: Bands) -> None:
         super().__init__()
+        self.bands = bands
         width, stages = config.decoder_block_out_channels[0], config.num_decoder_blocks
-        layers: list[nn.Module] = [nn.Conv2d(config.latent_channels, width, 3, padding=1), ACTIVATIONS[config.act_fn]()]
+        layers: list[nn.Module] = [Conv3x3(config.latent_channels, width, bands), ACTIVATIONS[config.act_fn]()]
         for blocks in stages[:-1]:
-            layers += [Block(width, config.act_fn) for _ in range(blocks)]
-            layers += [Upsample(), nn.Conv2d(width, width, 3, padding=1, bias=False)]
-        layers += [Block(width, config.act_fn) for _ in range(stages[-1])]
-        self.layers = nn.Sequential(*layers, nn.Conv2d(width, config.out_channels, 3, padding=1))
+            layers += [Block(width, config.act_fn, bands) for _ in range(blocks)]
+            layers += [Upsample(), Conv3x3(width, width, bands, bias=False)]
+        layers += [Block(width, config.act_fn, bands) for _ in range(stages[-1])]
+        self.layers = nn.Sequential(*layers, Conv3x3(width, config.out_channels, bands))
 
     def forward(self, z: Tensor) -> Tensor:
-        y: Tensor = self.layers(torch.tanh(z / 3) * 3)
-        return y * 2 - 1
+        y: Tensor = self.layers(torch.tanh(self.bands.cut(z) / 3) * 3)
+        return self.bands.whole(y * 2 - 1, z.shape[2])
 
 
 class AutoencoderTiny(nn.Module):
@@ -130,8 +143,8 @@ class AutoencoderTiny(nn.Module):
 
     Args:
         attention: not used; there is none.
-        tiling, slicing, tile_height, tile_width, with_encoder: as of `AutoencoderKL`; tiles are of 512 pixels where
-            nobody says.
+        tiling, slicing, tile_height, tile_width, with_encoder, bands: as of `AutoencoderKL`; tiles are of 512 pixels
+            where nobody says.
     """
 
     def __init__(
@@ -144,11 +157,12 @@ class AutoencoderTiny(nn.Module):
         tile_height: int | None = None,
         tile_width: int | None = None,
         with_encoder: bool = False,
+        bands: Bands = ONE_BAND,
     ) -> None:
         super().__init__()
         self.config, self.tiling, self.slicing = config, tiling, slicing
         self.tile = (tile_height or TILE, tile_width or TILE)
-        self.decoder = Decoder(config)
+        self.decoder = Decoder(config, bands)
         if with_encoder:
             self.encoder = Encoder(config)
 
@@ -174,6 +188,8 @@ class AutoencoderTiny(nn.Module):
 
     def _run(self, model: nn.Module, x: Tensor, tile: Sequence[int]) -> Tensor:
         if self.tiling and (x.shape[2] > tile[0] or x.shape[3] > tile[1]):
+            if model is self.decoder:
+                check_no_bands(self.decoder.bands)
             return tiled(model, x, *tile)
         y: Tensor = model(x)
         return y

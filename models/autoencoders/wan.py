@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sgl_diffusion.models.autoencoders.bands import ONE_BAND, Bands, check_no_bands
 from sgl_diffusion.models.autoencoders.causal import (
     CausalConv3d,
     ChannelNorm,
@@ -168,7 +169,7 @@ class Encoder(nn.Module):
     def middle(self, x: Tensor, history: History) -> Tensor:
         for block in self.down_blocks[-self.at_latents :]:
             x = block(x, history)
-        return self.conv_out(self.mid_block(x, history), history, self.norm_out)
+        return self.conv_out(self.mid_block(x, history, x.shape[3]), history, self.norm_out)
 
 
 # -- decoder ------------------------------------------------------------------------
@@ -182,13 +183,13 @@ class UpBlock(nn.Module):
         shortcut: repeat the block's input onto its result; the way up then keeps the channels, instead of halving them.
     """
 
-    def __init__(self, inner: int, outer: int, blocks: int, factors: Factors, *, shortcut: bool) -> None:
+    def __init__(self, inner: int, outer: int, blocks: int, factors: Factors, bands: Bands, *, shortcut: bool) -> None:
         super().__init__()
         self.factors, self.grows, self.shortcut = factors, factors[1] == 2, shortcut
         self.reach = ResidualBlock.REACH * blocks
-        self.resnets = nn.ModuleList(ResidualBlock(inner if i == 0 else outer, outer) for i in range(blocks))
+        self.resnets = nn.ModuleList(ResidualBlock(inner if i == 0 else outer, outer, bands) for i in range(blocks))
         if self.grows:
-            up = Upsample(outer, outer if shortcut else outer // 2, frames=factors[0] == 2)
+            up = Upsample(outer, outer if shortcut else outer // 2, bands, frames=factors[0] == 2)
             if shortcut:
                 self.upsampler, self.shares = up, kept_apart(inner, outer, factors)
             else:
@@ -215,14 +216,15 @@ class UpBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A latent frame (B, C, 1, h, w) -> its chunk (B, 3, 1 or 4, H, W), folded."""
+    """A latent frame (B, C, 1, h, w) -> its chunk (B, 3, 1 or 4, H, W), folded; in between a band of rows a rank."""
 
-    def __init__(self, config: WanVaeConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: WanVaeConfig, attention: AttentionFn, bands: Bands) -> None:
         super().__init__()
+        self.bands = bands
         base = config.decoder_base_dim or config.base_dim
         widths = [base * multiple for multiple in (config.dim_mult[-1], *config.dim_mult[::-1])]
-        self.conv_in = CausalConv3d(config.z_dim, widths[0])
-        self.mid_block = MidBlock(widths[0], attention)
+        self.conv_in = CausalConv3d(config.z_dim, widths[0], bands=bands)
+        self.mid_block = MidBlock(widths[0], attention, bands)
         self.up_blocks = nn.ModuleList()
         for i, (inner, outer) in enumerate(zip(widths, widths[1:], strict=False)):
             is_last = i == len(config.dim_mult) - 1
@@ -231,19 +233,19 @@ class Decoder(nn.Module):
             if i > 0 and not config.is_residual:
                 inner //= 2
             blocks = config.num_res_blocks + 1
-            self.up_blocks.append(UpBlock(inner, outer, blocks, factors, shortcut=config.is_residual))
+            self.up_blocks.append(UpBlock(inner, outer, blocks, factors, bands, shortcut=config.is_residual))
         self.norm_out = ChannelNorm(widths[-1])
-        self.conv_out = CausalConv3d(widths[-1], config.out_channels)
+        self.conv_out = CausalConv3d(widths[-1], config.out_channels, bands=bands)
 
     def forward(self, z: Tensor, history: History) -> Tensor:
-        return self.up(self.middle(z, history), history)
+        return self.bands.whole(self.up(self.middle(z, history), history), z.shape[3])
 
     def middle(self, z: Tensor, history: History) -> Tensor:
-        """(B, D, 1, h, w): what needs the whole latent frame."""
-        return self.mid_block(self.conv_in(z, history), history)
+        """(B, D, 1, h, w), or a band of its rows: what needs the whole latent frame."""
+        return self.mid_block(self.conv_in(self.bands.cut(z), history), history, z.shape[3])
 
     def up(self, x: Tensor, history: History, tile: Window | None = None) -> Tensor:
-        """The chunk, or a tile of it, of what the middle block made of the whole."""
+        """The chunk, or a band or tile of it, of what the middle block made of the whole."""
         if tile is None:
             return self.conv_out(through(self.up_blocks, x, history, None), history, self.norm_out)
         seen = self.conv_out.sees(tile)
@@ -264,6 +266,8 @@ class AutoencoderKLWan(nn.Module):
         slicing: code one clip of a batch at a time.
         tile_height, tile_width: pixels of a tile, at most, without those of its neighbours that it needs.
         with_encoder: build the encoder too.
+        bands: decode on several ranks, in bands of rows without seams; not in tiles then. All ranks have, and get, the
+            whole. Encoding is every rank's own.
     """
 
     def __init__(
@@ -276,12 +280,13 @@ class AutoencoderKLWan(nn.Module):
         tile_height: int | None = None,
         tile_width: int | None = None,
         with_encoder: bool = False,
+        bands: Bands = ONE_BAND,
     ) -> None:
         super().__init__()
         self.config, self.tiling, self.slicing = config, tiling, slicing
         self.tile = (tile_height or TILE, tile_width or TILE)
         C = config.z_dim
-        self.decoder = Decoder(config, attention)
+        self.decoder = Decoder(config, attention, bands)
         self.post_quant_conv = nn.Conv3d(C, C, 1)
         if with_encoder:
             self.encoder = Encoder(config, attention)
@@ -349,7 +354,7 @@ class AutoencoderKLWan(nn.Module):
 
         Tiles are done one after the other, each for the whole clip: what layers remember is that of one tile.
         """
-        f, tiles = self.config.downsampling, self._tiles(*z_BCThw.shape[3:])
+        f, tiles = self.config.downsampling, self._decoding_tiles(*z_BCThw.shape[3:])
         clips = self._empty_pixels(z_BCThw, FRAMES_PER_LATENT * (z_BCThw.shape[2] - 1) + 1)
         parts = zip(clips.split(1), z_BCThw.split(1), strict=True) if self.slicing else [(clips, z_BCThw)]
         for clip, z in parts:
@@ -370,7 +375,7 @@ class AutoencoderKLWan(nn.Module):
             execute: runs the functions of a chunk, as captured graphs perhaps; the default holds less memory. Tiles,
                 which differ in shape, are run as they stand.
         """
-        tiles = self._tiles(*z_BCThw.shape[3:])
+        tiles = self._decoding_tiles(*z_BCThw.shape[3:])
         if len(tiles) > 1:
             yield from self._chunks_of_tiles(z_BCThw, tiles)
         elif execute is None:
@@ -434,6 +439,12 @@ class AutoencoderKLWan(nn.Module):
             return [whole]
         rows, columns = (max(1, side // self.config.downsampling) for side in self.tile)
         return tiles_of(whole, rows, columns)
+
+    def _decoding_tiles(self, h: int, w: int) -> list[Window]:
+        tiles = self._tiles(h, w)
+        if len(tiles) > 1:
+            check_no_bands(self.decoder.bands)
+        return tiles
 
     def _finished(self, sample: Tensor) -> Tensor:
         return unfold(sample.clamp_(-1.0, 1.0), self.config.patch)

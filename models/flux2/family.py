@@ -102,6 +102,10 @@ class Flux2:
         return True
 
     @classmethod
+    def attention_heads(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        return Flux2Config.read(configs["transformer"]).num_attention_heads
+
+    @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
         return DEV if Flux2Config.read(configs["transformer"]).guidance_embeds else replace(DEV, guidance_scale=None)
 

@@ -18,7 +18,7 @@ from sgl_diffusion.kernels.activation import activation
 from sgl_diffusion.kernels.embedding import timestep_embedding
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.models.config import ConfigError, demand, read_config
-from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split
+from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, outputs
 from sgl_diffusion.models.layers import (
     JointAttention,
     Linear,
@@ -127,6 +127,8 @@ class TimeGuidanceEmbedding(nn.Module):
 class FeedForward(nn.Module):
     """Two linear layers with a SwiGLU between them (`Flux2FeedForward`); the first gives both of its factors."""
 
+    tensor_parallel = {"linear_in": outputs(1, 1), "linear_out": inputs()}
+
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.linear_in = Linear(width, 2 * hidden, bias=False)
@@ -158,21 +160,23 @@ class ParallelAttention(nn.Module):
     def __init__(self, config: Flux2Config, attention: AttentionFn, split: Split) -> None:
         super().__init__()
         D, K, M = config.width, config.attention_head_dim, config.mlp_width
-        self.head_shape, self.mlp_width = (config.num_attention_heads, K), M
-        self.attention, self.split = attention, split
+        self.head_dim, self.attention, self.split = K, attention, split
+        self.tensor_parallel = {"to_qkv_mlp_proj": outputs(D, D, D, M, M), "to_out": inputs(D, M)}
         self.to_qkv_mlp_proj = Linear(D, 3 * D + 2 * M, bias=False)
         self.norm_q, self.norm_k = RMSNormWeight(K), RMSNormWeight(K)
         self.to_out = Linear(D + M, D, bias=False)
 
     def forward(self, x_BLD: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
-        B, L, D = x_BLD.shape
-        projected, mixed = self.to_qkv_mlp_proj(x_BLD), x_BLD.new_empty(B, L, D + self.mlp_width)
+        B, L, _ = x_BLD.shape
+        both = self.to_out.in_features  # D + M, of which ranks may share each
+        D = self.to_qkv_mlp_proj.out_features - 2 * both  # of the heads that are here
+        projected, mixed = self.to_qkv_mlp_proj(x_BLD), x_BLD.new_empty(B, L, both)
         activation(projected[..., 3 * D :], "swiglu", out=mixed[..., D:])
-        qkv = projected[..., : 3 * D].unflatten(-1, (3, *self.head_shape))
+        qkv = projected[..., : 3 * D].unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.unbind(2)
         stream = Stream(qkv, self.norm_q.weight, self.norm_k.weight)
         qk_norm_rope([stream], rotary.cos, rotary.sin, q, k, None, eps=EPS)
-        seen = mixed[..., :D].unflatten(-1, self.head_shape)
+        seen = mixed[..., :D].unflatten(-1, (-1, self.head_dim))
         self.split.attend(self.attention, q, k, v, rows.streams, replicated=rows.replicated, out=seen)
         return cast(Tensor, self.to_out(mixed))
 

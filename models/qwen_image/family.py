@@ -124,6 +124,10 @@ class QwenImage:
         return False
 
     @classmethod
+    def attention_heads(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        return QwenImageConfig.read(configs["transformer"]).num_attention_heads
+
+    @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
         return presets.DRAWING
 

@@ -114,6 +114,10 @@ class Wan:
         return beside or read_config(Settings, configs.get(SETTINGS, {})).expand_timesteps
 
     @classmethod
+    def attention_heads(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        return min(config.num_attention_heads for config in _denoisers(configs).values())
+
+    @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:
         """Those of the published checkpoint with the same denoisers; of several, of the one with the same scheduler:
         models of larger clips shift their noise levels more.

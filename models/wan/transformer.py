@@ -11,6 +11,9 @@ A picture reaches the video itself in one of two ways, by the number of channels
   share is rounded once by itself, where diffusers rounds the sum alone.
 - as many come in as go out (Wan2.2 TI2V-5B): it is the first frame, and the tokens of that frame are at timestep 0.
   A frame, not a token, has vectors of its own: they come in two groups.
+
+Ranks that share weights (tensor parallelism) share those of the feed-forwards, more than half of a block's: q and k are
+normed across all heads, so that every rank computes the attention whole.
 """
 
 from __future__ import annotations
@@ -288,11 +291,17 @@ class CrossAttention(nn.Module):
 class Block(nn.Module):
     """Self attention and feed-forward, modulated and gated; between them, cross attention with a norm of its own."""
 
+    entries = ("read",)
+
     def __init__(self, config: WanConfig, attention: AttentionFn, split: Split) -> None:
         super().__init__()
         self.attn1, self.attn2 = SelfAttention(config, attention, split), CrossAttention(config, attention)
         self.norm2 = LayerNormWeights(config.width)
         self.ffn = FeedForward(config.width, config.ffn_dim)
+
+    def read(self, text_BTD: Tensor, image_BTD: Tensor | None) -> list[Heads]:
+        """What the cross attention reads, which no step changes."""
+        return self.attn2.read(text_BTD, image_BTD)
 
     def forward(self, stream: Residual, heads: Sequence[Heads], vectors_6GD: Tensor, request: Request) -> None:
         group_R = request.group_R
@@ -378,7 +387,7 @@ class WanTransformer(nn.Module):
         if c.image_embedder is not None:
             assert image_BTC is not None, "a model with an image embedder has a picture to embed"
             image_BTD = c.image_embedder(image_BTC)
-        return [cast(Block, block).attn2.read(text_BTD, image_BTD) for block in self.blocks]
+        return [cast(Block, block).read(text_BTD, image_BTD) for block in self.blocks]
 
     def rotary(self, grid: tuple[int, ...], own: slice, device: torch.device) -> Rotary:
         """Of a run of tokens. Three axes: frames turn what rows and columns, a third of the pairs each, leave."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion.models.autoencoders.kl import AutoencoderKL, Decode, VaeConfig
 from sgl_diffusion.models.family import (
+    ONE_RANK,
     AttentionFn,
     Condition,
     Defaults,
@@ -28,6 +29,7 @@ from sgl_diffusion.models.family import (
     Predictor,
     Preset,
     Size,
+    Split,
     check_step,
     eager,
 )
@@ -79,14 +81,19 @@ class ZImage:
         config: Mapping[str, Any],
         attention: AttentionFn,
         options: Mapping[str, Any],
+        split: Split = ONE_RANK,
     ) -> nn.Module:
         if component == "transformer":
-            return ZImageTransformer(ZImageConfig.read(config), attention)
+            return ZImageTransformer(ZImageConfig.read(config), attention, split)
         return AutoencoderKL(VaeConfig.read(config), attention, **options)
 
     @classmethod
     def encodes_pictures(cls, configs: Mapping[str, Mapping[str, Any]]) -> bool:
         return False
+
+    @classmethod
+    def attention_heads(cls, configs: Mapping[str, Mapping[str, Any]]) -> int:
+        return ZImageConfig.read(configs["transformer"]).head_shape[0]
 
     @classmethod
     def defaults(cls, configs: Mapping[str, Mapping[str, Any]]) -> Defaults:

@@ -24,8 +24,8 @@ from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.kernels.residual import gate_residual, residual_norm
 from sgl_diffusion.models.config import ConfigError, demand, read_config
-from sgl_diffusion.models.family import AttentionFn
-from sgl_diffusion.models.layers import Linear, RMSNormWeight, Rotary, rotary_table
+from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, outputs
+from sgl_diffusion.models.layers import Linear, RMSNormWeight, Rotary, Sequenced, rotary_table
 
 # B batch  T text tokens  I image tokens  L both, filled up  D width  H heads  K head dim  P = K / 2 rotary pairs
 # S steps  N modulated blocks  C channels of a token or the latent  Y, X the latent's rows and columns
@@ -103,6 +103,19 @@ def filled_up(tokens: int) -> int:
     return -(-tokens // MULTIPLE) * MULTIPLE
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """Those that attend to each other.
+
+    Attributes:
+        streams: how many there are on all ranks, filled up: of the image, of the text, or of both.
+        rotary: of those that are here.
+    """
+
+    streams: tuple[int, ...]
+    rotary: Rotary
+
+
 # -- blocks -------------------------------------------------------------------------
 
 
@@ -140,26 +153,30 @@ class Attention(nn.Module):
     """Over all tokens of a stream."""
 
     packed = {"to_qkv": {"to_q": 1, "to_k": 1, "to_v": 1}}
+    tensor_parallel = {"to_qkv": outputs(1, 1, 1), "to_out.0": inputs()}
 
-    def __init__(self, config: ZImageConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: ZImageConfig, attention: AttentionFn, split: Split) -> None:
         super().__init__()
-        D, self.head_shape, self.attention = config.dim, config.head_shape, attention
+        D, self.head_dim, self.attention, self.split = config.dim, config.head_shape[1], attention, split
         self.to_qkv = Linear(D, 3 * D, bias=False)
-        self.norm_q, self.norm_k = (RMSNormWeight(config.head_shape[1]) for _ in range(2))
+        self.norm_q, self.norm_k = (RMSNormWeight(self.head_dim) for _ in range(2))
         self.to_out = nn.ModuleDict({"0": Linear(D, D, bias=False)})
 
-    def forward(self, x_BLD: Tensor, rotary: Rotary) -> Tensor:
-        qkv_BL3HK = self.to_qkv(x_BLD).unflatten(-1, (3, *self.head_shape))
+    def forward(self, x_BLD: Tensor, tokens: Tokens) -> Tensor:
+        rotary = tokens.rotary
+        qkv_BL3HK = self.to_qkv(x_BLD).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv_BL3HK.unbind(2)
         stream = Stream(qkv_BL3HK, self.norm_q.weight, self.norm_k.weight)
         qk_norm_rope([stream], rotary.cos, rotary.sin, q, k, None, eps=QK_EPS)
-        return cast(Tensor, self.to_out["0"](self.attention(q, k, v).flatten(2)))
+        seen = self.split.attend(self.attention, q, k, v, tokens.streams)
+        return cast(Tensor, self.to_out["0"](seen.flatten(2)))
 
 
 class FeedForward(nn.Module):
     """w2(silu(w1(x)) * w3(x))."""
 
     packed = {"w13": {"w1": 1, "w3": 1}}
+    tensor_parallel = {"w13": outputs(1, 1), "w2": inputs()}
 
     def __init__(self, config: ZImageConfig) -> None:
         super().__init__()
@@ -173,19 +190,19 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward, each between two norms. Modulated, a block has two scales and two gates."""
 
-    def __init__(self, config: ZImageConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: ZImageConfig, attention: AttentionFn, split: Split) -> None:
         super().__init__()
         D = config.dim
-        self.attention, self.feed_forward = Attention(config, attention), FeedForward(config)
+        self.attention, self.feed_forward = Attention(config, attention, split), FeedForward(config)
         self.attention_norm1, self.attention_norm2, self.ffn_norm1 = (RMSNormWeight(D) for _ in range(3))
 
     def forward(
-        self, stream: Sandwich, last_norm_D: Tensor, vectors_41D: Sequence[Tensor | None], rotary: Rotary
+        self, stream: Sandwich, last_norm_D: Tensor, vectors_41D: Sequence[Tensor | None], tokens: Tokens
     ) -> None:
         """`last_norm_D`, the second weight of the feed-forward, is read where the next block begins."""
         scale, gate, scale2, gate2 = vectors_41D
         normed_BLD = stream.norm(self.attention_norm1.weight, scale)
-        stream.add(self.attention(normed_BLD, rotary), self.attention_norm2.weight, gate)
+        stream.add(self.attention(normed_BLD, tokens), self.attention_norm2.weight, gate)
         normed_BLD = stream.norm(self.ffn_norm1.weight, scale2)
         stream.add(self.feed_forward(normed_BLD), last_norm_D, gate2)
 
@@ -262,17 +279,17 @@ class Modulation:
 class Request:
     """What a request fixes."""
 
-    behind_BND: Tensor  # what stands behind the image tokens: their padding, and the refined text with its own
-    rotary: Rotary  # of all tokens
-    image_rotary: Rotary
+    behind_BND: Tensor  # what stands behind the image tokens that are here: padding, and refined text with its own
+    tokens: Tokens  # of the image, then of the text
+    image: Tokens
 
 
 class ZImageTransformer(nn.Module):
     """Its velocity has the opposite sign of the published model's, which predicts the way to the picture."""
 
-    def __init__(self, config: ZImageConfig, attention: AttentionFn) -> None:
+    def __init__(self, config: ZImageConfig, attention: AttentionFn, split: Split = ONE_RANK) -> None:
         super().__init__()
-        D, self.config = config.dim, config
+        D, self.config, self.split = config.dim, config, split
         names = {
             "context_refiner": config.n_refiner_layers,
             "noise_refiner": config.n_refiner_layers,
@@ -289,7 +306,7 @@ class ZImageTransformer(nn.Module):
 
         self.cap_embedder = TextEmbedding(config)
         self.context_refiner, self.noise_refiner, self.layers = (
-            nn.ModuleList(Block(config, attention) for _ in range(count)) for count in names.values()
+            nn.ModuleList(Block(config, attention, split) for _ in range(count)) for count in names.values()
         )
         self.last_norms = LastNorms(len(blocks), D)
         self.t_embedder = TimeEmbedding(config)
@@ -303,40 +320,50 @@ class ZImageTransformer(nn.Module):
 
     def prepare(self, text_BTC: Tensor, rows: int, columns: int) -> Request:
         """Of texts of one length, and a picture of so many rows and columns of tokens."""
-        B, T = text_BTC.shape[:2]
-        padding = filled_up(rows * columns) - rows * columns
-        rotary = self.rotary(filled_up(T), rows, columns, text_BTC.device)
-        image = filled_up(rows * columns)
-        parts = [Rotary(rotary.cos[part], rotary.sin[part]) for part in (slice(image), slice(image, None))]
-        behind_BND = torch.cat([self.x_pad_token.expand(B, padding, -1), self.read(text_BTC, parts[1])], dim=1)
-        return Request(behind_BND, rotary, parts[0])
+        B, image, text = len(text_BTC), filled_up(rows * columns), filled_up(text_BTC.shape[1])
+        streams = (image, text)
+        own_image, own_text = own = tuple(map(self.split.own, streams))
+        rotary = self.rotary(Sequenced(streams, 0, own), rows, columns, text_BTC.device)
+        count = own_image.stop - own_image.start
+        parts = [Rotary(rotary.cos[part], rotary.sin[part]) for part in (slice(count), slice(count, None))]
+        of_text, of_image = Tokens((text,), parts[1]), Tokens((image,), parts[0])
+        padding = count - self.drawn(own_image, rows * columns)
+        read_BTD = self.read(text_BTC, own_text, of_text)
+        behind_BND = torch.cat([self.x_pad_token.expand(B, padding, -1), read_BTD], dim=1)
+        return Request(behind_BND, Tokens(streams, rotary), of_image)
 
-    def read(self, text_BTC: Tensor, rotary: Rotary) -> Tensor:
-        """The refined text, (B, T, D)."""
-        B, tokens = text_BTC.shape[:2]
-        padding_BTD = self.cap_pad_token.expand(B, filled_up(tokens) - tokens, -1)
-        stream = Sandwich(torch.cat([self.cap_embedder(text_BTC), padding_BTD], dim=1), self.config.norm_eps)
+    def drawn(self, own: slice, tokens: int) -> int:
+        """How many of this rank's image tokens are of the picture, which has so many; the others are padding."""
+        return max(0, min(own.stop, tokens) - own.start)
+
+    def read(self, text_BTC: Tensor, own: slice, tokens: Tokens) -> Tensor:
+        """The refined text, (B, T, D), of which this rank computes its own tokens."""
+        B, T = text_BTC.shape[:2]
+        padding_BTD = self.cap_pad_token.expand(B, tokens.streams[0] - T, -1)
+        text_BTD = torch.cat([self.cap_embedder(text_BTC), padding_BTD], dim=1)
+        stream = Sandwich(text_BTD[:, own].contiguous(), self.config.norm_eps)
         for block, last_norm_D in zip(self.context_refiner, self.last_norms_of(0), strict=False):
-            block(stream, last_norm_D, UNMODULATED, rotary)
+            block(stream, last_norm_D, UNMODULATED, tokens)
         return stream.total()
 
     def last_norms_of(self, first: int) -> Tensor:
         """Those of the blocks from one on, in the order of their names in `packed`."""
         return self.last_norms.weight.view(-1, self.config.dim)[first:]
 
-    def rotary(self, text_tokens: int, rows: int, columns: int, device: torch.device) -> Rotary:
+    def rotary(self, sequence: Sequenced, rows: int, columns: int, device: torch.device) -> Rotary:
         """Three axes, of the image and then of the text.
 
         Text tokens, padding included, stand at (1, 0, 0), (2, 0, 0) and so on; image tokens at (n, row, column), n
         being the next; their padding at (0, 0, 0).
         """
-        image_L3 = torch.zeros(filled_up(rows * columns), 3)
+        image, text_tokens = sequence.streams
+        image_L3 = torch.zeros(image, 3)
         grid_YX3 = image_L3[: rows * columns].view(rows, columns, 3)
         grid_YX3[..., 0] = text_tokens + 1
         grid_YX3[..., 1], grid_YX3[..., 2] = torch.arange(rows)[:, None], torch.arange(columns)[None]
         text_L3 = torch.zeros(text_tokens, 3)
         text_L3[:, 0] = torch.arange(text_tokens) + 1
-        places_L3, c = torch.cat([image_L3, text_L3]), self.config
+        places_L3, c = sequence.here(torch.cat([image_L3, text_L3])), self.config
         axes = [rotary_table(places_L3[:, i], width, c.rope_theta) for i, width in enumerate(c.axes_dims)]
         cos, sin = (torch.cat(tables, dim=-1).to(device) for tables in zip(*axes, strict=True))
         return Rotary(cos, sin)
@@ -355,20 +382,24 @@ class ZImageTransformer(nn.Module):
         eps, behind_BND = self.config.norm_eps, request.behind_BND
         patches_BIC = patchify(x_BCYX.to(behind_BND.dtype), (PATCH, PATCH), channel_fastest=True)
         (B, I), n = patches_BIC.shape[:2], self.config.n_refiner_layers
-        x_BLD = behind_BND.new_empty(B, I + behind_BND.shape[1], behind_BND.shape[2])
-        x_BLD[:, I:] = behind_BND  # blocks add to it in place
-        for patches_IC, x_ID in zip(patches_BIC, x_BLD[:, :I], strict=True):
-            self.all_x_embedder["2-1"](patches_IC, out=x_ID)
+        filled = request.image.streams[0]
+        own = self.split.own(filled)
+        drawn, count = self.drawn(own, I), own.stop - own.start
+        x_BLD = behind_BND.new_empty(B, drawn + behind_BND.shape[1], behind_BND.shape[2])
+        x_BLD[:, drawn:] = behind_BND  # blocks add to it in place
+        if drawn:
+            for patches_IC, x_ID in zip(patches_BIC[:, own.start : own.start + drawn], x_BLD[:, :drawn], strict=True):
+                self.all_x_embedder["2-1"](patches_IC, out=x_ID)
 
         blocks = list(zip(self.last_norms_of(n), modulation.block_N41D, strict=True))
-        image = Sandwich(x_BLD[:, : filled_up(I)], eps)
+        image = Sandwich(x_BLD[:, :count], eps)
         for block, (last_norm_D, vectors_41D) in zip(self.noise_refiner, blocks[:n], strict=True):
-            block(image, last_norm_D, vectors_41D, request.image_rotary)
+            block(image, last_norm_D, vectors_41D, request.image)
         image.total()
         stream = Sandwich(x_BLD, eps)
         for block, (last_norm_D, vectors_41D) in zip(self.layers, blocks[n:], strict=True):
-            block(stream, last_norm_D, vectors_41D, request.rotary)
+            block(stream, last_norm_D, vectors_41D, request.tokens)
 
-        tokens_BIC = self.all_final_layer["2-1"](stream.total(I), modulation.out_1D)
+        tokens_BIC = self.split.whole(self.all_final_layer["2-1"](stream.total(count), modulation.out_1D), filled)
         grid = x_BCYX.shape[2] // PATCH, x_BCYX.shape[3] // PATCH
-        return unpatchify(tokens_BIC, grid, (PATCH, PATCH), channel_fastest=True).neg_()
+        return unpatchify(tokens_BIC[:, :I].contiguous(), grid, (PATCH, PATCH), channel_fastest=True).neg_()

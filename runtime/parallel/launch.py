@@ -1,0 +1,138 @@
+"""Processes as the ranks of one job, started and watched by torch's elastic agent.
+
+One that fails ends all: the agent terminates the others, and what the first to fail had said is told here. Ranks die
+with the process that started them, however it dies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.errors import RunFailure, UserError
+
+PR_SET_PDEATHSIG = 1
+ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where the agent looks for what a rank had to say
+LAUNCHED = "SGL_DIFFUSION_LAUNCHED"  # set for ranks that `launch` started
+USER_MISTAKE = 2
+ENDS_WITHIN_S = 5  # of SIGTERM; then ranks are killed
+MONITOR_INTERVAL_S = 0.1
+LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "Broken pipe")
+
+
+def launch(args: ServerArgs, ranks: int, module: str, argv: Sequence[str]) -> None:
+    """Runs `python -m MODULE ARGV` once for every rank on this host, until all have ended.
+
+    Args:
+        ranks: on all hosts together; they divide evenly.
+    Raises:
+        UserError: a rank found a mistake of the user.
+        RunFailure: a rank failed or died, with its number and its last words.
+    """
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
+    here = ranks // args.nnodes
+    os.environ[LAUNCHED] = str(os.getpid())
+    # each would take all cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // here)))
+    with TemporaryDirectory(prefix="sgl-diffusion-ranks-") as folder:
+        config = LaunchConfig(
+            min_nodes=args.nnodes,
+            max_nodes=args.nnodes,
+            nproc_per_node=here,
+            run_id=args.dist_init_addr or uuid.uuid4().hex,
+            max_restarts=0,
+            monitor_interval=MONITOR_INTERVAL_S,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            shutdown_timeout=ENDS_WITHIN_S,
+            **_rendezvous(args),
+        )
+        try:
+            elastic_launch(config, sys.executable)("-m", module, *argv)
+        except ChildFailedError as e:
+            raise _failure(e) from None
+        except SignalException as e:
+            raise KeyboardInterrupt from e
+
+
+def _rendezvous(args: ServerArgs) -> dict[str, Any]:
+    """Where ranks find each other."""
+    if args.nnodes == 1:
+        endpoint = args.dist_init_addr or "127.0.0.1:0"
+        return {"rdzv_backend": "c10d", "rdzv_endpoint": endpoint, "local_addr": endpoint.partition(":")[0]}
+    if args.dist_init_addr is None:
+        raise UserError(f"nnodes={args.nnodes}: needs dist_init_addr=HOST:PORT, an address of the first host")
+    if args.node_rank >= args.nnodes:
+        raise UserError(f"node_rank={args.node_rank}: must be below nnodes={args.nnodes}")
+    rendezvous = {"rank": args.node_rank, "timeout": args.dist_timeout}
+    return {"rdzv_backend": "static", "rdzv_endpoint": args.dist_init_addr, "rdzv_configs": rendezvous}
+
+
+def _failure(error: object) -> UserError | RunFailure:
+    """What the rank said that failed of itself. That others lost it is no news."""
+    failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
+    rank = min(failures, key=lambda r: (_is_echo(failures[r]), failures[r].timestamp))
+    failure = failures[rank]
+    if failure.exitcode == USER_MISTAKE:
+        return UserError(failure.message)
+    if failure.exitcode < 0:
+        return RunFailure(f"rank {rank} was killed by {signal.Signals(-failure.exitcode).name}")
+    told = failure.message if Path(failure.error_file).is_file() else f"ended with status {failure.exitcode}"
+    return RunFailure(f"rank {rank}: {told}")
+
+
+def _is_echo(failure: Any) -> bool:
+    """Whether a rank failed because another did not answer."""
+    return failure.exitcode > 0 and bool(failure.error_file_data.get("echo"))
+
+
+# -- in a rank ----------------------------------------------------------------------
+
+
+@contextmanager
+def as_rank() -> Iterator[None]:
+    """For the life of a rank: dies with its launcher, and leaves its last words for it.
+
+    Raises:
+        SystemExit: with status 2 for a user's mistake, which the launcher tells.
+    """
+    launcher = os.environ.get(LAUNCHED)
+    if launcher is not None:
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(launcher):  # it died before
+            sys.exit(1)
+    try:
+        yield
+    except (UserError, RunFailure) as e:
+        _leave_word(str(e))
+        if launcher is None:  # torchrun tells nothing in one line
+            raise
+        sys.exit(USER_MISTAKE if isinstance(e, UserError) else 1)
+    except Exception as e:
+        told = " ".join(str(e).split())[:500]
+        if lost := any(words in told for words in LOST_PEER):
+            told = f"another rank is gone, or did not answer within dist_timeout ({told})"
+        _leave_word(f"{type(e).__name__}: {told}", echo=lost)
+        if launcher is not None and lost:
+            sys.exit(1)  # where it was waiting is no news
+        raise
+
+
+def _leave_word(told: str, *, echo: bool = False) -> None:
+    if path := os.environ.get(ERROR_FILE):
+        Path(path).write_text(json.dumps({"message": told, "timestamp": int(time.time()), "echo": echo}))
