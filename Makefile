@@ -42,6 +42,7 @@ link:
 	mkdir -p .src/sgl_diffusion
 	for f in kernels models runtime server cli bench; do ln -sfn ../../$$f .src/sgl_diffusion/$$f; done
 	ln -sfn ../../facade/__init__.py .src/sgl_diffusion/__init__.py
+	ln -sfn ../../facade/__main__.py .src/sgl_diffusion/__main__.py
 	ln -sfn ../../facade/py.typed .src/sgl_diffusion/py.typed
 
 clean:

@@ -28,13 +28,14 @@ class Neighbours:
 
     Args:
         all_agree: by stage, asks the ranks that compute it together whether all of them found so.
+        steps_apart: why results of a step are never computed together; empty if they may be.
 
     Attributes:
         took: how batches were computed since it was cleared, by stage.
     """
 
-    def __init__(self, all_agree: Mapping[str, Callable[[bool], bool]] | None = None) -> None:
-        self._all_agree = all_agree or {}
+    def __init__(self, all_agree: Mapping[str, Callable[[bool], bool]] | None = None, steps_apart: str = "") -> None:
+        self._all_agree, self._steps_apart = all_agree or {}, steps_apart
         self._agree: dict[tuple[Hashable, ...], bool] = {}
         self.took: dict[str, str] = {}
 
@@ -50,8 +51,8 @@ class Neighbours:
     ) -> Predictor:
         """`family.predictor` for a batch x, exact; a condition for every result."""
         settings = size, guidance, timesteps, denoiser
-        if not _alike(conditions):
-            self._note("denoising", "one by one: prompts are not equally long")
+        if why := self._steps_apart or ("" if _alike(conditions) else "prompts are not equally long"):
+            self._note("denoising", f"one by one: {why}" if len(x) > 1 else TOGETHER)
             return _apart(family, conditions, *settings)
 
         def together() -> Predictor:

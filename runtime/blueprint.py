@@ -15,6 +15,7 @@ from sgl_diffusion.models.family import ENCODERS, ONE_RANK, SETTINGS, AttentionF
 from sgl_diffusion.runtime.attention import shape_only_attention
 from sgl_diffusion.runtime.encoders import dummy_encoder, read_processor
 from sgl_diffusion.runtime.parallel.mesh import ONE, Mesh
+from sgl_diffusion.runtime.parallel.rows import RankBands
 from sgl_diffusion.runtime.parallel.tensor import share_denoiser
 from sgl_diffusion.runtime.parallel.usp import Usp
 from sgl_diffusion.runtime.plan import Plan
@@ -55,8 +56,11 @@ class Blueprint:
 
         Raises:
             ConfigError: a config that is not understood, naming the component.
+            UserError: weights that ranks cannot share.
         """
-        options = self.vae_options if self.kinds[key] == "vae" else {}
+        options: dict[str, Any] = dict(self.vae_options) if self.kinds[key] == "vae" else {}
+        if self.kinds[key] == "vae" and self.plan.vae_sp:
+            options["bands"] = RankBands(self.mesh.world)
         try:
             with torch.device("meta"):
                 module = self.family.build(key, self.configs[key], attention, options, self.split)

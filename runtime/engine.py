@@ -36,8 +36,10 @@ from sgl_diffusion.runtime.output import (
     trace_path,
 )
 from sgl_diffusion.runtime.parallel.lockstep import ALONE, DrawOrder, Lockstep, WarmUpOrder
+from sgl_diffusion.runtime.parallel.machines import machine_of
 from sgl_diffusion.runtime.parallel.mesh import Mesh, process_group
-from sgl_diffusion.runtime.parallel.ranks import started_ranks
+from sgl_diffusion.runtime.parallel.ranks import speaks, started_ranks
+from sgl_diffusion.runtime.parallel.steps import denoiser_dtype, warning_of
 from sgl_diffusion.runtime.pipeline import DecodeFailure, NativePipeline
 from sgl_diffusion.runtime.prewarm import throw_away_requests
 from sgl_diffusion.runtime.reading import READERS
@@ -103,6 +105,8 @@ class Engine:
         compilations()  # counted from here on
         model = resolve(args, ([first] if first else []) + throw_away)
         memory = _plan_memory(model, args, first, latents is not None)
+        if memory is not None and memory.plan.layout.ranks > 1 and memory.plan.device.type == "cuda" and speaks():
+            _warn_of_slowness(memory, args, first)
         with ExitStack() as ranks:
             lockstep, model = _join(model, args, ranks)
             engine = cls(args, model, _build(model, args, memory, lockstep), lockstep, ranks.pop_all())
@@ -435,6 +439,18 @@ def _plan_memory(
         request = resolve_request(first, model.sampling_defaults, args)
         memory.tiling(memory.rehearsal.workload(request, decode_only=decode_only))
     return memory
+
+
+def _warn_of_slowness(memory: MemoryPlanner, args: ServerArgs, first: SamplingParams | None) -> None:
+    """Says so where fewer GPUs are predicted to be faster."""
+    model = memory.blueprint
+    if first is None:
+        work = memory.rehearsal.usual_workload(model.defaults)
+    else:
+        work = memory.rehearsal.workload(resolve_request(first, {}, args))
+    machine = machine_of(args, memory.plan.layout.ranks, memory.plan.device, denoiser_dtype(memory))
+    if told := warning_of(memory, work, machine):
+        log.warning("%s", told)
 
 
 def _join(model: Resolved, args: ServerArgs, ranks: ExitStack) -> tuple[Lockstep, Resolved]:

@@ -71,6 +71,11 @@ class MemoryPlanner:
 
     def _weights(self, key: str, module: nn.Module) -> Weights:
         residency = self.plan.offload[key]
+        if self.plan.sharded and self.blueprint.kinds[key] == "denoiser":
+            from sgl_diffusion.runtime.parallel.sharded import Footprint  # takes most of a second
+
+            kept = Footprint.of(module, self.blueprint.mesh.world.size)
+            return Weights(kept.whole + kept.shards + kept.at_work, kept.whole + kept.shards, 0)
         if residency == "resident":
             g = self.rehearsal.granularity
             size = sum(-(-t.nbytes // g) * g for t in (*module.parameters(), *module.buffers()))
@@ -119,7 +124,7 @@ class MemoryPlanner:
         if available is None:
             return tiling, ""
         needed = self._needed(work, tiling)
-        if needed["decoding"] > available and self.plan.vae_tiling is None and not tiling:
+        if needed["decoding"] > available and self.plan.vae_tiling is None and not (tiling or self.plan.vae_sp):
             tiling, needed = True, self._needed(work, True)
         stage = max(needed, key=lambda name: needed[name])
         if needed[stage] <= available:

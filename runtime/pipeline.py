@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from sgl_diffusion.models.family import Condition, Phase, Size
+from sgl_diffusion.models.family import ENCODERS, Condition, Phase
 from sgl_diffusion.models.text import PromptTooLong
 from sgl_diffusion.runtime import denoise
 from sgl_diffusion.runtime.accounting import Accountant
@@ -29,7 +29,9 @@ from sgl_diffusion.runtime.live_bytes import Gauge
 from sgl_diffusion.runtime.memory import MemoryPlanner
 from sgl_diffusion.runtime.offload import DeviceStreams, Offload
 from sgl_diffusion.runtime.parallel.lockstep import ALONE, DrawOrder, Lockstep, Stopped
+from sgl_diffusion.runtime.parallel.rows import check_rows
 from sgl_diffusion.runtime.parallel.shares import check_shares
+from sgl_diffusion.runtime.parallel.tensor import receipt
 from sgl_diffusion.runtime.parts import load_parts
 from sgl_diffusion.runtime.pixels import to_pixels
 from sgl_diffusion.runtime.plan import Plan, dtype_name
@@ -99,9 +101,25 @@ def uncaptured(plan: Plan, offload: Offload) -> dict[str, str]:
     prevented = {"denoising": "torch.compile has graphs of its own"} if plan.compile else {}
     moving = [stage for stage in CAPTURED if any(map(offload.moves, AT_WORK[stage]))]
     prevented |= dict.fromkeys(moving, "offloaded weights have no fixed address")
+    if plan.sharded:
+        prevented["denoising"] = "sharded weights have no fixed address"
     if plan.layout.ranks > 1 and plan.device.type == "cpu":
         prevented |= dict.fromkeys(CAPTURED, "a CPU tape holds no messages between processes")
     return prevented
+
+
+def ranks_share(blueprint: Blueprint, parts: Mapping[str, Any]) -> dict[str, Any]:
+    """What ranks share beside tokens, branches and results, for the report."""
+    plan, kinds = blueprint.plan, blueprint.kinds
+    shared: dict[str, Any] = {"vae_sp": plan.vae_sp, "sp_communication": plan.sp_communication}
+    if plan.layout.tp > 1:
+        keys = [key for key, kind in kinds.items() if kind == "denoiser" or kind in ENCODERS]
+        shared["layers"] = {key: receipt(parts[key]) for key in keys}
+    if plan.sharded:
+        from sgl_diffusion.runtime.parallel import sharded  # takes most of a second
+
+        shared["weights"] = {key: sharded.report(parts[key]) for key, kind in kinds.items() if kind == "denoiser"}
+    return shared
 
 
 class NativePipeline:
@@ -138,7 +156,9 @@ class NativePipeline:
         tokenizers = {key: self.parts[key] for key, kind in blueprint.kinds.items() if kind == "tokenizer"}
         self.accountant = Accountant(blueprint, tokenizers)
         together = {"denoising": self.mesh.branch} | ({"decoding": self.mesh.world} if plan.vae_sp else {})
-        self.neighbours = Neighbours({s: partial(ranks.all_agree, device=plan.device) for s, ranks in together.items()})
+        agree = {stage: partial(ranks.all_agree, device=plan.device) for stage, ranks in together.items()}
+        # all ranks gather a layer together, whichever branch they compute, and so as often
+        self.neighbours = Neighbours(agree, steps_apart="weights are sharded" if plan.sharded else "")
 
     # -- a request ----------------------------------------------------------------
 
@@ -150,6 +170,8 @@ class NativePipeline:
         """
         job = settle(request, self.defaults, self.family, self.sampler)
         check_shares(self.plan.layout, job, self.family)
+        if self.plan.vae_sp:
+            check_rows(job.size.height // self.parts["vae"].config.downsampling, self.plan.layout.ranks)
         return job
 
     @torch.inference_mode()
@@ -166,8 +188,7 @@ class NativePipeline:
         """Yields progress, and the results as they are decoded (`Drawn`), the frames of a clip in chunks.
 
         Args:
-            latents: of an earlier run of the request, which are decoded.
-            resume: of an earlier run of the request, which is gone on with.
+            latents, resume: of an earlier run of the request, which are decoded, or gone on with.
         Raises:
             UserError: the request cannot be honoured, or not in the memory there is; the snapshot is not of it.
             DecodeFailure: the latents are finished, but not the pictures.
@@ -210,18 +231,14 @@ class NativePipeline:
         yield StageStarted("decoding")
         with watch.span("decoding"), self.offload.on_device("vae"):
             try:
-                chunks = self._chunks(x, order.job.size, order.tiling)
+                together = partial(self.neighbours.decode, self.family, tiling=order.tiling)
+                decode = self.family.decode if self.plan.vae_slicing else together  # slices are one by one as it is
+                chunks = decode(x, order.job.size, self.graphs["decoding"])
                 while (pixels := self._next_pixels(chunks, gauge, record)) is not None:
                     yield Drawn(pixels, x)
             except (torch.OutOfMemoryError, RunFailure) as e:
                 raise DecodeFailure(x) from e
         yield StageFinished("decoding")
-
-    def _chunks(self, x: Tensor, size: Size, tiling: bool) -> Iterator[Tensor]:
-        execute = self.graphs["decoding"]
-        if self.plan.vae_slicing:  # one by one as it is
-            return self.family.decode(x, size, execute)
-        return self.neighbours.decode(self.family, x, size, execute, tiling=tiling)
 
     def _next_pixels(self, chunks: Iterator[Tensor], gauge: Gauge, record: Record) -> list[Pixels] | None:
         """Of every result of the request, the next frames of a clip, or the picture; None after the last."""
@@ -343,7 +360,7 @@ class NativePipeline:
             "vae": {"tiling": self.last_run is not None and self.last_run[1], "slicing": self.plan.vae_slicing},
             "compile": self.compiled,
             "offload": self.offload.report(steps),
-            "parallel": self.mesh.report(),
+            "parallel": self.mesh.report() | ranks_share(self.blueprint, self.parts),
             "cuda_graph": {stage: graphs.report() for stage, graphs in self.graphs.items()},
             "guidance": asdict(guidance),
             "scheduler": type(self.sampler).__name__,

@@ -13,6 +13,7 @@ from sgl_diffusion.runtime.args import ServerArgs, nearest
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.parallel.layout import Layout, read_layout
 from sgl_diffusion.runtime.parallel.ranks import local_rank, started_ranks
+from sgl_diffusion.runtime.parallel.rows import check_tiling
 from sgl_diffusion.runtime.parallel.usp import check_communication
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -52,9 +53,13 @@ class Plan:
     layout: Layout = Layout()
     sp_communication: Literal["model", "fp8"] = "model"
     vae_sp: bool = False
+    sharded: bool = False  # ranks keep shares of the denoiser's weights
     chosen: Mapping[str, Any] = field(default_factory=dict)  # what performance_mode decided, as no flag did
 
     def tiles(self, size: Size) -> bool:
+        """Whether pictures of this size are decoded in tiles. Ranks that have bands of them do without."""
+        if self.vae_sp:
+            return False
         if self.vae_tiling is None:
             return size.height * size.width > AUTO_TILING_PIXELS
         return self.vae_tiling
@@ -107,7 +112,7 @@ def make_plan(
     if args.performance_mode == "manual":
         tiling = False
     chosen: dict[str, Any] = {}
-    if args.vae_tiling is None and args.performance_mode != "manual" and (native or tiling is not None):
+    if args.vae_tiling is None and args.performance_mode != "manual" and not args.vae_sp and (native or tiling):
         chosen["vae_tiling"] = "by size" if tiling is None else tiling
     if args.vae_slicing is None and args.performance_mode in ("memory", "speed"):
         chosen["vae_slicing"] = slicing
@@ -126,12 +131,13 @@ def make_plan(
         layout=layout,
         sp_communication=args.sp_communication,
         vae_sp=args.vae_sp,
+        sharded=args.use_fsdp_inference,
     )
     offload = plan.offload
     if native and device.type == "cuda":
         if args.performance_mode == "memory":
             offload = {k: asked.get(k, "component") for k in holders}
-        elif args.performance_mode == "auto" and choose_offload is not None:
+        elif args.performance_mode == "auto" and choose_offload is not None and not plan.sharded:
             ways = ways_to_hold(holders, asked, layerwise=not args.enable_torch_compile)
             way, chosen["offload_numbers"] = choose_offload(plan, ways)
             offload = ways[way]
@@ -223,12 +229,15 @@ def _check_offload_effects(args: ServerArgs, kinds: Mapping[str, str], offload: 
 
 def _layout(args: ServerArgs, heads: int | None, *, native: bool) -> Layout:
     layout = read_layout(args, heads)
+    check_tiling(args.vae_sp and args.vae_tiling is True, layout.ranks)
     if layout.ranks > 1:
         told = f"num_gpus={args.num_gpus or layout.ranks}"
         if not native:
             raise UserError(f"{told}: the diffusers backend runs on one")
         if args.enable_torch_compile:
             raise UserError(f"enable_torch_compile=true: not with {told}; steps are captured in graphs instead")
+        if args.use_fsdp_inference and layout.dp > 1:  # all ranks gather every layer, as often as any of them
+            raise UserError(f"use_fsdp_inference=true: not with dp_size={layout.dp}, whose replicas do unlike work")
     for name, value, needs, degree in (
         ("vae_sp", args.vae_sp, "several ranks", layout.ranks),
         ("use_fsdp_inference", args.use_fsdp_inference, "several ranks", layout.ranks),

@@ -56,6 +56,8 @@ def compile_kernels(blueprint: Blueprint) -> None:
             examples = blueprint.family.examples(blueprint.configs)
         for size, (batch, guided), condition in product(generic_sizes(blueprint, parts), BATCHES, examples):
             launch_all(blueprint, parts, size, [condition] * batch, guided=guided)
+        if blueprint.plan.vae_sp:
+            return
         parts["vae"].tiling = True
         decode(blueprint, parts, Size(blueprint.defaults.height, blueprint.defaults.width, DECODED_FRAMES), 1)
 

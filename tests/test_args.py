@@ -117,7 +117,7 @@ def test_vae_config_in_every_spelling(words: list[str]) -> None:
         (["--vae-tiling", "maybe"], "vae_tiling=maybe: expected true or false"),
         (["--trust-remote-code", "1"], "trust_remote_code=1: expected true or false"),
         (["--device", "tpu"], "device=tpu: expected auto, cpu, cuda or cuda:N"),
-        (["--num-gpus", "4", "--tp-size", "3"], "num_gpus=4: must be a multiple of dp 1 x cfg 1 x tp 3 = 3"),
+        (["--num-gpus", "0"], "num_gpus=0: must be at least 1"),
         (["--output-quality", "101"], "output_quality=101: must be at most 100"),
         (["--diffusers-kwargs", "{"], "diffusers_kwargs={: not readable as JSON"),
         (["--vae-config.load-decoder", "false"], "vae_config.load_decoder=false: must be true"),

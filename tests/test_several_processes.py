@@ -1,0 +1,242 @@
+"""Several processes as users start them: `sglang` alone, torchrun, two hosts; and what becomes of one that dies."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from PIL import Image
+from server_process import start_server, wait_for
+
+SGLANG = str(Path(sys.executable).with_name("sglang"))
+TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
+REQUEST = ("--prompt", "a red circle", "--device", "cpu", "--num-inference-steps", "4", "--output-file-name", "a.png")
+FOREVER = ("--prompt", "a red circle", "--device", "cpu", "--num-inference-steps", "100000", "--log-level", "warning")
+U2, U2R2 = ("--num-gpus", "2", "--ulysses-degree", "2"), ("--num-gpus", "4", "--ulysses-degree=2", "--ring-degree=2")
+LEAST_PSNR = 50.0  # of 8-bit pixels: fewer than one in a hundred differ by one
+
+
+def start(*command: str, cwd: Path) -> subprocess.Popen[str]:
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def run(*command: str, cwd: Path) -> tuple[int, str, str]:
+    process = start(*command, cwd=cwd)
+    out, error = process.communicate(timeout=280)
+    return process.returncode, out, error
+
+
+def pixels(folder: Path) -> np.ndarray[Any, Any]:
+    (path,) = folder.glob("**/a.png")
+    return np.asarray(Image.open(path)).astype(float)
+
+
+def psnr(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
+    error = float(((a - b) ** 2).mean())
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[Any, Any]:
+    """The picture of one process."""
+    folder = tmp_path_factory.mktemp("alone")
+    code, _, error = run(SGLANG, "generate", *REQUEST, cwd=folder)
+    assert code == 0, error
+    return pixels(folder)
+
+
+def assert_drawn(folder: Path, alone: np.ndarray[Any, Any], what: str) -> None:
+    found = psnr(pixels(folder), alone)
+    print(f"{what}: PSNR {found:.1f} dB")
+    assert found >= LEAST_PSNR
+
+
+# -- who starts them -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", [U2, U2R2], ids=["ulysses 2", "ulysses 2 x ring 2"])
+def test_sglang_starts_the_ranks(layout: tuple[str, ...], tmp_path: Path, alone: np.ndarray[Any, Any]) -> None:
+    dump = ("--perf-dump-path", "report.json")
+    code, out, error = run(SGLANG, "generate", *REQUEST, *layout, *dump, cwd=tmp_path)
+    assert code == 0, error
+    assert out.count("saved ") == 1 and "Traceback" not in error
+    assert_drawn(tmp_path, alone, " ".join(layout))
+    parallel = json.loads((tmp_path / "report.json").read_text())["effective"]["parallel"]
+    assert parallel["ulysses"] == 2 and parallel["ranks"] == int(layout[1])
+    assert parallel["sent"]["ulysses"]["all_to_all"]["bytes"] > 0
+
+
+def test_torchrun_starts_the_ranks(tmp_path: Path, alone: np.ndarray[Any, Any]) -> None:
+    """And says how many there are."""
+    launcher = (TORCHRUN, "--standalone", "--nproc-per-node", "2", "-m", "sgl_diffusion")
+    code, out, error = run(*launcher, "generate", *REQUEST, "--ring-degree", "2", cwd=tmp_path)
+    assert code == 0, error
+    assert out.count("saved ") == 1
+    assert_drawn(tmp_path, alone, "torchrun, ring 2")
+
+
+def within(name: str) -> list[str]:
+    return ["ip", "netns", "exec", name]
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[list[str], list[str], str]]:
+    """How to run something on each of two hosts, and the first one's address: network namespaces with a wire between
+    them where the tests may make such, else this host twice.
+    """
+    names = [f"sgl{os.getpid()}{i}" for i in (0, 1)]
+    wires = [f"w{os.getpid()}{i}" for i in (0, 1)]
+    commands = [
+        *(["ip", "netns", "add", name] for name in names),
+        ["ip", "link", "add", wires[0], "type", "veth", "peer", "name", wires[1]],
+        *(["ip", "link", "set", wires[i], "netns", names[i]] for i in (0, 1)),
+        *(
+            [*within(names[i]), "ip", "addr", "add", f"10.77.7.{i + 1}/24", "dev", wires[i]] for i in (0, 1)
+        ),
+        *([*within(names[i]), "ip", "link", "set", wires[i], "up"] for i in (0, 1)),
+        *([*within(name), "ip", "link", "set", "lo", "up"] for name in names),
+    ]  # fmt: skip
+    try:
+        done = [subprocess.run(command, capture_output=True).returncode == 0 for command in commands]
+    except FileNotFoundError:
+        done = [False]
+    if all(done):
+        yield within(names[0]), within(names[1]), "10.77.7.1"
+    else:
+        yield [], [], "127.0.0.1"
+    for name in names if any(done) else ():
+        subprocess.run(["ip", "netns", "delete", name], capture_output=True)
+
+
+def free_port() -> int:
+    with socket.create_server(("", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
+
+
+def test_two_hosts_draw_together(
+    tmp_path: Path, hosts: tuple[list[str], list[str], str], alone: np.ndarray[Any, Any]
+) -> None:
+    *where, address = hosts
+    asked = (
+        "--nnodes",
+        "2",
+        "--dist-init-addr",
+        f"{address}:{free_port()}",
+        "--ulysses-degree",
+        "2",
+        "--num-gpus",
+        "2",
+    )
+    folders = [tmp_path / "first", tmp_path / "second"]
+    processes = []
+    for rank, (host, folder) in enumerate(zip(where, folders, strict=True)):
+        folder.mkdir()
+        processes.append(start(*host, SGLANG, "generate", *REQUEST, *asked, "--node-rank", str(rank), cwd=folder))
+    told = [process.communicate(timeout=280) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert_drawn(folders[0], alone, f"two hosts ({'network namespaces' if where[0] else 'one host, twice'})")
+    assert not list(folders[1].iterdir())
+
+
+# -- what cannot be ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--num-gpus 4 --ulysses-degree 3", "num_gpus=4: sp 4 = ulysses x ring, but ulysses 3 x ring 1 = 3"),
+        ("--num-gpus 3 --tp-size 2", "num_gpus=3: must be a multiple of dp 1 x cfg 1 x tp 2 = 2"),
+        ("--num-gpus 4 --ulysses-degree 2 --ring-degree 2 --tp-size 2", "num_gpus=4: dp 1 x cfg 1 x tp 2 = 2, x sp 4"),
+        ("--num-gpus 3 --nnodes 2", "nnodes=2: must divide num_gpus"),
+        ("--ulysses-degree 2 --nnodes 2", "nnodes=2: needs dist_init_addr=HOST:PORT"),
+        ("--vae-sp", "vae_sp=true: no effect without several ranks"),
+    ],
+)
+def test_impossible_layouts_are_refused_with_the_arithmetic(words: str, told: str, tmp_path: Path) -> None:
+    code, out, error = run(SGLANG, "generate", *REQUEST, *words.split(), cwd=tmp_path)
+    assert code == 2 and error.startswith(f"error: {told}"), error
+    assert error.count("\n") == 1 and not out and not list(tmp_path.iterdir())
+
+
+def test_what_only_the_model_can_tell_is_one_line_too(tmp_path: Path) -> None:
+    """Found by every rank, told once."""
+    code, out, error = run(SGLANG, "generate", *REQUEST, "--num-gpus", "2", "--dp-size", "2", cwd=tmp_path)
+    assert code == 2 and "error: dp_size=2: " in error and error.count("error: ") == 1, error
+    assert "Traceback" not in error and not out and not list(tmp_path.glob("**/*.png"))
+
+
+# -- a rank that fails ---------------------------------------------------------------
+
+
+def ranks_of(launcher: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Those that draw: by now each has read what the other sent."""
+
+    def drawing() -> list[psutil.Process]:
+        found = psutil.Process(launcher.pid).children()
+        return found if len(found) == 2 and all(sum(p.cpu_times()[:2]) > 3 for p in found) else []
+
+    found: list[psutil.Process] = wait_for(drawing, timeout=120)
+    time.sleep(2)
+    return sorted(found, key=lambda p: int(p.environ()["RANK"]))
+
+
+@pytest.mark.parametrize(
+    ("signum", "within_s", "told"),
+    [
+        (signal.SIGKILL, 15, r"rank 1 was killed by SIGKILL"),
+        (signal.SIGSTOP, 30, r"did not answer within dist_timeout"),
+    ],
+    ids=["killed", "asleep"],
+)
+def test_a_rank_that_is_lost_ends_the_job(signum: int, within_s: float, told: str, tmp_path: Path) -> None:
+    launcher = start(SGLANG, "generate", *FOREVER, *U2, "--dist-timeout", "5", cwd=tmp_path)
+    ranks = ranks_of(launcher)
+    os.kill(ranks[1].pid, signum)
+    began = time.monotonic()
+    _, error = launcher.communicate(timeout=120)
+    assert time.monotonic() - began < within_s
+    assert launcher.returncode == 1
+    (line,) = (line for line in error.splitlines() if line.startswith("failed: "))
+    assert re.search(told, line), error
+    assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+    assert not list(tmp_path.glob("**/*.png"))
+
+
+def test_ranks_die_with_what_started_them(tmp_path: Path) -> None:
+    launcher = start(SGLANG, "generate", *FOREVER, *U2, cwd=tmp_path)
+    ranks = ranks_of(launcher)
+    launcher.kill()
+    launcher.communicate()
+    wait_for(lambda: not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks), timeout=15)
+
+
+def test_a_server_outlives_a_killed_rank(tmp_path: Path) -> None:
+    """And draws the request that the rank died of, once more."""
+    server = start_server(tmp_path, *U2, "--device", "cpu")
+    try:
+        body = {"prompt": "a red circle", "size": "64x64", "seed": 1, "num_inference_steps": 300}
+        code, accepted = server.call("POST", "/v1/images", body | {"background": True})
+        assert code in (200, 202), accepted
+        wait_for(lambda: server.get("/server_info")["jobs"]["in_progress"] == 1)
+        (launcher,) = psutil.Process(server.process.pid).children()
+        victim = next(p for p in launcher.children() if p.environ()["RANK"] == "1")
+        victim.kill()
+        wait_for(lambda: server.get("/server_info")["jobs"]["completed"] == 1, timeout=200)
+        info = server.get("/server_info")
+        assert info["engine"]["restarts"] == 1 and info["jobs"]["failed"] == 0
+    finally:
+        server.stop()
