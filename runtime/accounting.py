@@ -186,9 +186,13 @@ def counted() -> Iterator[Work]:
         yield work
 
 
-def attend(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """The twin's attention, whichever backend the pipeline has: they all do this work."""
-    return attention(q_BLHK, k_BLHK, v_BLHK, out=out)
+def attend(
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
+) -> Any:
+    """The twin's attention, whichever backend the pipeline has: they all do this work, log-sums or not."""
+    result = attention(q_BLHK, k_BLHK, v_BLHK, out=out)
+    B, L, H, _ = q_BLHK.shape
+    return (result, q_BLHK.new_empty(B, H, L, dtype=torch.float32)) if return_lse else result
 
 
 class Accountant:

@@ -462,8 +462,8 @@ def _join(model: Resolved, args: ServerArgs, ranks: ExitStack) -> tuple[Lockstep
     if layout.ranks == 1 or model.blueprint is None:
         return ALONE, model
     ranks.enter_context(process_group(model.plan.device, args.dist_timeout))
-    mesh = Mesh.join(layout, model.plan.device)
-    return Lockstep.of_all(), replace(model, blueprint=replace(model.blueprint, mesh=mesh))
+    mesh = Mesh.join(layout, model.plan.device, args.dist_timeout)
+    return Lockstep.of_all(args.dist_timeout), replace(model, blueprint=replace(model.blueprint, mesh=mesh))
 
 
 def _build(

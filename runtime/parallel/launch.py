@@ -7,10 +7,13 @@ with the process that started them, however it dies.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import json
 import logging
 import os
 import signal
+import socket
+import struct
 import sys
 import time
 import uuid
@@ -24,6 +27,7 @@ from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 
 PR_SET_PDEATHSIG = 1
+SIOCGIFADDR = 0x8915  # asks for an interface's address
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where the agent looks for what a rank had to say
 LAUNCHED = "SGL_DIFFUSION_LAUNCHED"  # set for ranks that `launch` started
 USER_MISTAKE = 2
@@ -47,6 +51,8 @@ def launch(args: ServerArgs, ranks: int, module: str, argv: Sequence[str]) -> No
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
     here = ranks // args.nnodes
+    if args.nnodes > 1 and args.dist_init_addr is not None:
+        _tell_gloo_where(args.dist_init_addr)
     os.environ[LAUNCHED] = str(os.getpid())
     # each would take all cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // here)))
@@ -83,10 +89,32 @@ def _rendezvous(args: ServerArgs) -> dict[str, Any]:
     return {"rdzv_backend": "static", "rdzv_endpoint": args.dist_init_addr, "rdzv_configs": rendezvous}
 
 
+def _tell_gloo_where(address: str) -> None:
+    """Which network the other hosts are on; by itself, gloo takes that of the host's name, which may be no more than
+    this host.
+    """
+    host, _, port = address.rpartition(":")
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, int(port)))  # sends nothing: only the route is looked up
+        except (OSError, ValueError) as e:
+            raise UserError(f"dist_init_addr={address}: cannot be reached: {e}") from e
+        ours = probe.getsockname()[0]
+        for _, name in socket.if_nameindex():
+            try:
+                found = fcntl.ioctl(probe, SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # without an address
+                continue
+            if socket.inet_ntoa(found[20:24]) == ours:
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def _failure(error: object) -> UserError | RunFailure:
     """What the rank said that failed of itself. That others lost it is no news."""
     failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
-    rank = min(failures, key=lambda r: (_is_echo(failures[r]), failures[r].timestamp))
+    began = min(failure.timestamp for failure in failures.values())
+    first = [r for r, failure in failures.items() if failure.timestamp - began < ENDS_WITHIN_S]  # later: by the agent
+    rank = min(first, key=lambda r: (_is_echo(failures[r]), failures[r].timestamp))
     failure = failures[rank]
     if failure.exitcode == USER_MISTAKE:
         return UserError(failure.message)
@@ -97,8 +125,8 @@ def _failure(error: object) -> UserError | RunFailure:
 
 
 def _is_echo(failure: Any) -> bool:
-    """Whether a rank failed because another did not answer."""
-    return failure.exitcode > 0 and bool(failure.error_file_data.get("echo"))
+    """Whether a rank failed because another did, or did not answer."""
+    return bool(failure.exitcode == -signal.SIGTERM or failure.error_file_data.get("echo"))
 
 
 # -- in a rank ----------------------------------------------------------------------

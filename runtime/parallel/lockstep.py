@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.latents import Latents
@@ -53,20 +54,23 @@ class Lockstep:
     """The ranks of a job; of one alone, all of this is nothing.
 
     Args:
-        control: a process group on the CPU, None for one rank.
+        orders, steps: process groups on the CPU; None for one rank. An order may take for ever, a step not.
 
     Attributes:
         broken: a rank has failed in the midst of a request: nobody knows what the others do.
     """
 
-    def __init__(self, control: dist.ProcessGroup | None = None) -> None:
-        self.control = control
-        self.is_first = control is None or dist.get_rank() == 0
+    def __init__(self, orders: dist.ProcessGroup | None = None, steps: dist.ProcessGroup | None = None) -> None:
+        self.orders, self.steps = orders, steps
+        self.is_first = orders is None or dist.get_rank() == 0
         self.broken = False
 
     @classmethod
-    def of_all(cls) -> Lockstep:
-        return cls(dist.new_group(backend="gloo", timeout=FOREVER))
+    def of_all(cls, timeout_s: float) -> Lockstep:
+        """Of all ranks, which all call this; `timeout_s` as of a `Mesh`."""
+        orders, steps = (dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) for _ in range(2))
+        _set_pg_timeout(FOREVER, orders)  # not before: ranks find each other, or one is lost
+        return cls(orders, steps)
 
     def give(self, order: Order | None) -> None:
         """From the first rank to all others; None: there will be no more.
@@ -74,16 +78,20 @@ class Lockstep:
         Raises:
             RunFailure: they are not there to take it.
         """
-        if self.control is None:
+        if self.orders is None:
             return
         if self.broken:
             raise RunFailure("another rank failed in an earlier request: the ranks have to be started again")
-        dist.broadcast_object_list([order], src=0, group=self.control)
+        try:
+            dist.broadcast_object_list([order], src=0, group=self.orders)
+        except RuntimeError as e:
+            self.broken = True
+            raise RunFailure(f"another rank is gone: {str(e).splitlines()[0]}") from e
 
     def take(self) -> Order | None:
         """What the first rank gives next."""
         box: list[Any] = [None]
-        dist.broadcast_object_list(box, src=0, group=self.control)
+        dist.broadcast_object_list(box, src=0, group=self.orders)
         order: Order | None = box[0]
         return order
 
@@ -93,7 +101,7 @@ class Lockstep:
         Raises:
             Stopped: on other ranks than the first, when its caller wants no more.
         """
-        if self.control is None:
+        if self.orders is None:
             return (yield from events)
         while True:
             self.broken = True  # until what this rank does next has come to its end
@@ -119,8 +127,9 @@ class Lockstep:
 
     def _all_go_on(self, first: bool) -> bool:
         """What the first rank says."""
-        word = torch.tensor(first)
-        dist.broadcast(word, src=0, group=self.control)
+        word, self.broken = torch.tensor(first), True
+        dist.broadcast(word, src=0, group=self.steps)
+        self.broken = False
         return bool(word)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from sgl_diffusion.runtime.parallel.group import Group
 from sgl_diffusion.runtime.parallel.layout import Layout
@@ -40,15 +41,22 @@ class Mesh:
     world: Group
 
     @classmethod
-    def join(cls, layout: Layout, device: torch.device) -> Mesh:
-        """With the other ranks of the process group there is, as many as the layout has; all of them call this."""
+    def join(cls, layout: Layout, device: torch.device, timeout_s: float) -> Mesh:
+        """With the other ranks of the process group there is, as many as the layout has; all of them call this.
+
+        Args:
+            timeout_s: a collective that some rank does not come to within this time is an error on all others.
+        """
         sizes = asdict(layout)
         mesh = init_device_mesh(device.type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
         groups = {name: _group(name, mesh[name]) for name in sizes}
-        sp = _group("sp", mesh["ring", "ulysses"]._flatten("sp"))
-        branch = _group("branch", mesh["ring", "ulysses", "tp"]._flatten("branch"))
-        world = Group("world", layout.ranks, dist.get_rank(), dist.group.WORLD)
-        return cls(layout, mesh, sp=sp, branch=branch, world=world, **groups)
+        groups["sp"] = _group("sp", mesh["ring", "ulysses"]._flatten("sp"))
+        groups["branch"] = _group("branch", mesh["ring", "ulysses", "tp"]._flatten("branch"))
+        groups["world"] = Group("world", layout.ranks, dist.get_rank(), dist.group.WORLD)
+        for group in groups.values():
+            if group.process_group is not None:  # a mesh makes its groups with a default of its own
+                _set_pg_timeout(timedelta(seconds=timeout_s), group.process_group)
+        return cls(layout, mesh, **groups)
 
     @classmethod
     def stand_in(cls, layout: Layout) -> Mesh:
