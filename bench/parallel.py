@@ -58,11 +58,6 @@ class Row:
     sent_bytes: dict[str, int]
     memory_mb: float
 
-    @property
-    def name(self) -> str:
-        """Dimensions of more than one rank."""
-        return " x ".join(f"{of} {n}" for of, n in asdict(self.layout).items() if n > 1) or "one GPU"
-
 
 def rows_of(subject: Subject, hub_id: str, machines: dict[int, tuple[ServerArgs, Machine]]) -> Iterator[Row]:
     """Of every layout of every number of GPUs, the fastest of each number first."""
@@ -107,7 +102,7 @@ def markdown(rows: Sequence[Row]) -> str:
                 gpus = f"{row.hosts} x {row.gpus // row.hosts}" if row.hosts > 1 else str(row.gpus)
                 waits, sent = sum(row.waits_ms.values()), sum(row.sent_bytes.values()) / 1e6
                 numbers = f"{row.step_ms:,.1f} | {row.speedup:.2f} | {waits:,.2f} | {sent:,.1f}"
-                lines.append(f"| {gpus} | {row.name} | {numbers} | {row.memory_mb / 1024:.1f} |")
+                lines.append(f"| {gpus} | {row.layout} | {numbers} | {row.memory_mb / 1024:.1f} |")
     return "\n".join([*lines, ""])
 
 

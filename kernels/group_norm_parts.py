@@ -230,6 +230,7 @@ MOMENTS_OP = Op(
         {"B": 1, "C": 128, "HW": (256, 1024), "groups": 32},
     ),
     cpu=({"B": 1, "C": 128, "HW": (64, 128), "groups": 32},),
+    narrow_loads="what parts are combined from is three numbers each, in fp32",
     bytes=lambda i: i["x_BCHW"].nbytes,
 )
 

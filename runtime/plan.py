@@ -231,7 +231,7 @@ def _layout(args: ServerArgs, heads: int | None, *, native: bool) -> Layout:
     layout = read_layout(args, heads)
     check_tiling(args.vae_sp and args.vae_tiling is True, layout.ranks)
     if layout.ranks > 1:
-        told = f"num_gpus={args.num_gpus or layout.ranks}"
+        told = f"num_gpus={layout.ranks}"
         if not native:
             raise UserError(f"{told}: the diffusers backend runs on one")
         if args.enable_torch_compile:

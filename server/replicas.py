@@ -45,11 +45,6 @@ class Replicas:
         """Of all, since the server started."""
         return sum(engine.status.restarts for engine in self._engines)
 
-    @property
-    def ready(self) -> int:
-        """How many can draw."""
-        return sum(engine.status.state == "ready" for engine in self._engines)
-
 
 def of_a_replica(args: ServerArgs) -> ServerArgs:
     """The arguments of one of `dp_size` engines. Raises UserError for degrees that do not fit together."""

@@ -38,6 +38,7 @@ RACCOON = """sglang generate --model-path Wan-AI/Wan2.2-T2V-A14B-Diffusers {plac
     --prompt "A curious raccoon" --save-output --output-path outputs --output-file-name {name}"""
 STREET = """sglang generate --model-path Wan-AI/Wan2.2-T2V-A14B-Diffusers {placement}
     --prompt "A quiet city street after rain" """
+USP = "--num-gpus 4 --ulysses-degree=2 --ring-degree=2"
 OFFLOAD = "--text-encoder-cpu-offload --pin-cpu-memory"
 LAYERWISE = (
     "--dit-layerwise-offload --layerwise-offload-components transformer text_encoder --dit-offload-prefetch-size 0"
@@ -84,7 +85,7 @@ def run(command: str, hub: Path, folder: Path) -> subprocess.CompletedProcess[st
 @pytest.mark.parametrize(
     ("command", "name"),
     [
-        (RACCOON.format(placement="", name='"a-curious-raccoon.mp4"'), "a-curious-raccoon.mp4"),
+        (RACCOON.format(placement=USP, name='"a-curious-raccoon.mp4"'), "a-curious-raccoon.mp4"),
         (RACCOON.format(placement="", name='"A curious raccoon.mp4"'), "A curious raccoon.mp4"),
         (STREET.format(placement=""), "A-quiet-city-street-after-rain_*.mp4"),
     ],

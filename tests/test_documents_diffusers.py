@@ -140,7 +140,7 @@ def test_a_report_after_a_warm_up(run: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        ("--num-gpus 4 --sp-degree 2 --tp-size 2", "num_gpus=4: "),
+        ("--backend diffusers --num-gpus 4 --sp-degree 2 --tp-size 2", "num_gpus=4: "),
         ("--dit-cpu-offload --vae-cpu-offload --text-encoder-cpu-offload", "dit_cpu_offload=true: "),
     ],
 )

@@ -22,6 +22,7 @@ from sgl_diffusion.runtime.request import resolve_request
 from sgl_diffusion.runtime.trace import Stopwatch
 
 TOLERANCE = 1e-5  # of the latents' standard deviation
+FP8_TOLERANCE = 0.5  # numbers that travel are off by up to a 16th, in each of three blocks and two steps
 PROMPTS = ["a red circle left of a blue square", "a green star"]
 GUIDED = {"negative_prompt": "blue", "true_cfg_scale": 2.5}
 MODELS: dict[str, dict[str, Any]] = {
@@ -60,7 +61,7 @@ CASES = [
     *(Case(model, TP) for model in ("flux6", "wan", "qwen")),
     *(Case(model, DP, bitwise=True, sampling=TWO_RESULTS) for model in ("flux6", "wan")),
     Case("flux6", {**CFG, **VAE}), Case("flux6", {**CFG, **FSDP}, bitwise=True), Case("wan", {**U2, **FSDP}),
-    Case("wan", {**U2, **VAE}),
+    Case("wan", {**U2, **VAE}), Case("flux6", {**U2, "sp_communication": "fp8"}),
     # four
     Case("flux6", U4), Case("flux3", R4), Case("wan", R4), Case("qwen", R4),
     *(Case(model, {**U2, **R2}) for model in ("flux6", "flux3", "wan", "qwen")),
@@ -148,8 +149,11 @@ def differences(case: Case, drawn: tuple[Tensor, dict[str, Any]], expected: tupl
         return [f"latents of shape {tuple(latents.shape)}, not {tuple(one.shape)}"]
     told = []
     error = float((latents - one).abs().max() / one.std())
-    if not error <= TOLERANCE or (case.bitwise and not torch.equal(latents, one)):
+    rounded = case.layout.get("sp_communication") == "fp8"
+    if not error <= (FP8_TOLERANCE if rounded else TOLERANCE) or (case.bitwise and not torch.equal(latents, one)):
         told.append(f"latents are off by {error:.1e}")
+    if rounded:
+        return told + ["nothing is rounded"] * (error < 1e-3)
     pixels, of_one = (np.ravel(np.stack(of["pixels"][0])).astype(int) for of in (effective, effective_alone))
     if (np.abs(pixels - of_one) > 1).any():
         told.append("pixels differ by more than one")

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from PIL import Image
-from server_process import start_server, wait_for
+from server_process import serving, wait_for
 
 SGLANG = str(Path(sys.executable).with_name("sglang"))
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
@@ -222,8 +222,7 @@ def test_ranks_die_with_what_started_them(tmp_path: Path) -> None:
 
 def test_a_server_outlives_a_killed_rank(tmp_path: Path) -> None:
     """And draws the request that the rank died of, once more."""
-    server = start_server(tmp_path, *U2, "--device", "cpu")
-    try:
+    with serving(tmp_path, [*U2, "--device", "cpu"]) as server:
         body = {"prompt": "a red circle", "size": "64x64", "seed": 1, "num_inference_steps": 300}
         answer: list[Any] = []
         client = threading.Thread(target=lambda: answer.append(server.call("POST", "/v1/images/generations", body)))
@@ -236,5 +235,25 @@ def test_a_server_outlives_a_killed_rank(tmp_path: Path) -> None:
         assert answer and answer[0][0] == 200, answer
         info = server.get("/server_info")
         assert info["engine"]["restarts"] == 1 and (info["jobs"]["completed"], info["jobs"]["failed"]) == (1, 0)
-    finally:
-        server.stop()
+
+
+def test_replicas_take_requests_from_one_queue(tmp_path: Path) -> None:
+    """Each draws; one that dies is started again, and its request is drawn once more, while the other goes on."""
+    with serving(tmp_path, ["--dp-size", "2", "--device", "cpu"]) as server:
+        engines = psutil.Process(server.process.pid).children()
+        assert len(engines) == 2
+        answers: list[int] = []
+        body = {"prompt": "a red circle", "size": "64x64", "num_inference_steps": 200}
+
+        def ask(seed: int) -> None:
+            answers.append(server.call("POST", "/v1/images/generations", body | {"seed": seed})[0])
+
+        clients = [threading.Thread(target=ask, args=(seed,)) for seed in range(4)]
+        for client in clients:
+            client.start()
+        wait_for(lambda: server.get("/server_info")["jobs"]["in_progress"] == 2)
+        engines[0].kill()
+        for client in clients:
+            client.join(timeout=110)
+        assert answers == [200] * 4
+        assert server.get("/server_info")["engine"]["restarts"] == 1

@@ -40,7 +40,8 @@ class Layout:
         return self.ring * self.ulysses
 
     def __str__(self) -> str:
-        return " x ".join(f"{name} {degree}" for name, degree in asdict(self).items())
+        """What is split, for example `ring 2 x ulysses 4`."""
+        return " x ".join(f"{name} {degree}" for name, degree in asdict(self).items() if degree > 1) or "one GPU"
 
 
 def read_layout(args: ServerArgs, heads: int | None = None) -> Layout:
@@ -68,6 +69,8 @@ def read_layout(args: ServerArgs, heads: int | None = None) -> Layout:
     if args.num_gpus is not None and args.num_gpus != dp * cfg * tp * sp:
         raise UserError(f"num_gpus={args.num_gpus}: {others}, x sp {sp} = {dp * cfg * tp * sp}; expected the same")
     layout = Layout(dp=dp, cfg=cfg, tp=tp, **_sequence(args, sp, None if heads is None else heads // tp))
+    if layout.ranks > 1 and args.backend == "diffusers":
+        raise UserError(f"num_gpus={layout.ranks}: the diffusers backend runs on one")
     if heads is not None:
         _check_heads(layout, heads)
     if layout.ranks % args.nnodes:
