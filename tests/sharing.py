@@ -130,7 +130,7 @@ class AtOnce:
 
 def everything(folder: Path, size: int) -> dict[str, Any]:
     """This rank's results, for every denoiser and encoder."""
-    group, found = (ONE if size == 1 else Mesh.join(Layout(tp=size), CPU)).tp, {}
+    group, found = (ONE if size == 1 else Mesh.join(Layout(tp=size), CPU, 60.0)).tp, {}
     for name in DENOISERS:
         module = built(name, folder, group)
         load_weights(module, weight_files(folder / name), CPU, torch.float32)
@@ -151,7 +151,7 @@ def everything(folder: Path, size: int) -> dict[str, Any]:
 def sharded(folder: Path, size: int, half: Sequence[str]) -> dict[str, Any]:
     """This rank's results with sharded weights, of two requests, by denoiser; what it holds after them in tensors, and
     what it received for each."""
-    world, found = Mesh.join(Layout(ulysses=size), CPU).world, {}
+    world, found = Mesh.join(Layout(ulysses=size), CPU, 60.0).world, {}
     gather, received = dist.all_gather_single, [0]
 
     def counted(output: Tensor, own: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -84,7 +84,7 @@ CASES = [
 
 
 def usp_of(ulysses: int, ring: int, communication: Communication = "model") -> Usp:
-    return Usp.of(Mesh.join(Layout(ulysses=ulysses, ring=ring), CPU), communication)
+    return Usp.of(Mesh.join(Layout(ulysses=ulysses, ring=ring), CPU, 60.0), communication)
 
 
 def attended(case: Spread, usp: Usp) -> tuple[Tensor, Tensor]:

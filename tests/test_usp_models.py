@@ -126,7 +126,7 @@ def velocities(model: Model, split: Split) -> list[Tensor]:
 def equal_one_rank(layouts: Sequence[tuple[int, int]]) -> None:
     alone = {name: velocities(model, ONE_RANK) for name, model in MODELS.items()}
     for (ulysses, ring), (name, model) in product(layouts, MODELS.items()):
-        usp = Usp.of(Mesh.join(Layout(ulysses=ulysses, ring=ring), CPU))
+        usp = Usp.of(Mesh.join(Layout(ulysses=ulysses, ring=ring), CPU, 60.0))
         for got, want in zip(velocities(model, usp), alone[name], strict=True):
             assert got.shape == want.shape
             error = ((got - want).abs().max() / want.std()).item()

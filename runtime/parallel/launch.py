@@ -30,8 +30,9 @@ PR_SET_PDEATHSIG = 1
 SIOCGIFADDR = 0x8915  # asks for an interface's address
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where the agent looks for what a rank had to say
 LAUNCHED = "SGL_DIFFUSION_LAUNCHED"  # set for ranks that `launch` started
-USER_MISTAKE = 2
-ENDS_WITHIN_S = 5  # of SIGTERM; then ranks are killed
+USER_MISTAKE, INTERRUPTED = 2, 130
+ENDS_WITHIN_S = 5  # of the signal that asks the launcher to end; then ranks are killed
+ONE_CAUSE_S = 5  # ranks that fail within it fail of the same; later, the agent has ended them
 MONITOR_INTERVAL_S = 0.1
 LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "NCCL", "Broken pipe")
 
@@ -113,7 +114,7 @@ def _failure(error: object) -> UserError | RunFailure:
     """What the rank said that failed of itself. That others lost it is no news."""
     failures: dict[int, Any] = error.failures  # type: ignore[attr-defined]
     began = min(failure.timestamp for failure in failures.values())
-    first = [r for r, failure in failures.items() if failure.timestamp - began < ENDS_WITHIN_S]  # later: by the agent
+    first = [r for r, failure in failures.items() if failure.timestamp - began < ONE_CAUSE_S]
     rank = min(first, key=lambda r: (_is_echo(failures[r]), failures[r].timestamp))
     failure = failures[rank]
     if failure.exitcode == USER_MISTAKE:
@@ -151,6 +152,10 @@ def as_rank() -> Iterator[None]:
         if launcher is None:  # torchrun tells nothing in one line
             raise
         sys.exit(USER_MISTAKE if isinstance(e, UserError) else 1)
+    except KeyboardInterrupt:
+        if launcher is not None:
+            sys.exit(INTERRUPTED)  # the launcher tells, once
+        raise
     except Exception as e:
         told = " ".join(str(e).split())[:500]
         if lost := any(words in told for words in LOST_PEER):
