@@ -27,17 +27,18 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    # all of sm_89, fp16 and fp32 elsewhere take minutes more: `sglang bench aot` by hand
-    ("arch", "dtypes"),
-    [("sm_80", ("--dtype", "bf16")), ("sm_90", ()), ("sm_100", ("--dtype", "bf16"))],
-    ids=["sm_80", "sm_90", "sm_100"],
+    # all dtypes everywhere, and sm_89, take minutes more: `sglang bench aot` by hand. CI compiles bf16 for sm_90 too,
+    # with the Triton that GPUs have
+    ("arch", "dtype"),
+    [("sm_80", "bf16"), ("sm_90", "fp32"), ("sm_100", "bf16")],
 )
-def test_every_kernel_compiles_cleanly(arch: str, dtypes: tuple[str, ...], tmp_path: Path) -> None:
+def test_every_kernel_compiles_cleanly(arch: str, dtype: str, tmp_path: Path) -> None:
     report = tmp_path / "aot.json"
-    done = python(*SGLANG, "--arch", arch, *dtypes, "--json", str(report))
+    done = python(*SGLANG, "--arch", arch, "--dtype", dtype, "--json", str(report))
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "PROBLEM" in line) + done.stderr
     rows = json.loads(report.read_text())["rows"]
-    assert {row["op"] for row in rows} == set(OPS)
+    without = {"gemm"} if dtype == "fp32" else set()  # products in fp32 are the library's
+    assert {row["op"] for row in rows} == set(OPS) - without
     compiled = [row for row in rows if row["kernel"]]
     assert all(row["registers"] > 0 and row["occupancy"] > 0 for row in compiled)
     skipped = {row["op"] for row in rows if row["skipped"]}
