@@ -106,7 +106,7 @@ class Engine:
         model = resolve(args, ([first] if first else []) + throw_away)
         memory = _plan_memory(model, args, first, latents is not None)
         if memory is not None and memory.plan.layout.ranks > 1 and memory.plan.device.type == "cuda" and speaks():
-            _warn_of_slowness(memory, args, first)
+            _warn_of_slowness(model, memory, args, first)
         with ExitStack() as ranks:
             lockstep, model = _join(model, args, ranks)
             engine = cls(args, model, _build(model, args, memory, lockstep), lockstep, ranks.pop_all())
@@ -441,13 +441,12 @@ def _plan_memory(
     return memory
 
 
-def _warn_of_slowness(memory: MemoryPlanner, args: ServerArgs, first: SamplingParams | None) -> None:
+def _warn_of_slowness(model: Resolved, memory: MemoryPlanner, args: ServerArgs, first: SamplingParams | None) -> None:
     """Says so where fewer GPUs are predicted to be faster."""
-    model = memory.blueprint
     if first is None:
-        work = memory.rehearsal.usual_workload(model.defaults)
+        work = memory.rehearsal.usual_workload(memory.blueprint.defaults)
     else:
-        work = memory.rehearsal.workload(resolve_request(first, {}, args))
+        work = memory.rehearsal.workload(resolve_request(first, model.sampling_defaults, args))
     machine = machine_of(args, memory.plan.layout.ranks, memory.plan.device, denoiser_dtype(memory))
     if told := warning_of(memory, work, machine):
         log.warning("%s", told)

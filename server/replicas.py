@@ -52,7 +52,9 @@ def of_a_replica(args: ServerArgs) -> ServerArgs:
     if layout.dp == 1:
         return args
     ranks = layout.ranks // layout.dp
-    return args.model_copy(update={"dp_size": None, "num_gpus": ranks if ranks > 1 else None})
+    replica = args.model_copy(update={"dp_size": None, "num_gpus": ranks if ranks > 1 else None})
+    read_layout(replica)  # what had an effect on all may have none on one
+    return replica
 
 
 def environments(args: ServerArgs, environment: Mapping[str, str]) -> list[dict[str, str]]:

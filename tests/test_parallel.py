@@ -85,7 +85,8 @@ def ranks_of(case: Case) -> int:
 
 def draw(folder: str, layout: dict[str, Any], sampling: dict[str, Any]) -> tuple[Tensor, dict[str, Any]] | None:
     """Final latents and what took effect, of one rank among others; None if others tell."""
-    args = ServerArgs(model_path=folder, device="cpu", log_level="error", dist_timeout=60.0, **layout)
+    timeout = {"dist_timeout": 60.0} if layout else {}
+    args = ServerArgs(model_path=folder, device="cpu", log_level="error", **timeout, **layout)
     with Engine.load(args) as engine:
         if not engine.lockstep.is_first:
             engine.follow()

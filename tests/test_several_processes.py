@@ -165,6 +165,8 @@ def test_two_hosts_draw_together(
         ("--num-gpus 3 --nnodes 2", "nnodes=2: must divide num_gpus"),
         ("--ulysses-degree 2 --nnodes 2", "nnodes=2: needs dist_init_addr=HOST:PORT"),
         ("--vae-sp", "vae_sp=true: no effect without several ranks"),
+        ("--node-rank 1", "node_rank=1: must be below nnodes=1"),
+        ("--dist-timeout 5", "dist_timeout=5.0: no effect without several ranks"),
     ],
 )
 def test_impossible_layouts_are_refused_with_the_arithmetic(words: str, told: str, tmp_path: Path) -> None:

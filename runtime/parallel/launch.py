@@ -84,8 +84,6 @@ def _rendezvous(args: ServerArgs) -> dict[str, Any]:
         return {"rdzv_backend": "c10d", "rdzv_endpoint": endpoint, "local_addr": endpoint.partition(":")[0]}
     if args.dist_init_addr is None:
         raise UserError(f"nnodes={args.nnodes}: needs dist_init_addr=HOST:PORT, an address of the first host")
-    if args.node_rank >= args.nnodes:
-        raise UserError(f"node_rank={args.node_rank}: must be below nnodes={args.nnodes}")
     rendezvous = {"rank": args.node_rank, "timeout": args.dist_timeout}
     return {"rdzv_backend": "static", "rdzv_endpoint": args.dist_init_addr, "rdzv_configs": rendezvous}
 

@@ -69,6 +69,11 @@ def read_layout(args: ServerArgs, heads: int | None = None) -> Layout:
     if args.num_gpus is not None and args.num_gpus != dp * cfg * tp * sp:
         raise UserError(f"num_gpus={args.num_gpus}: {others}, x sp {sp} = {dp * cfg * tp * sp}; expected the same")
     layout = Layout(dp=dp, cfg=cfg, tp=tp, **_sequence(args, sp, None if heads is None else heads // tp))
+    if args.node_rank >= args.nnodes:
+        raise UserError(f"node_rank={args.node_rank}: must be below nnodes={args.nnodes}")
+    for name in ("dist_init_addr", "dist_timeout"):
+        if layout.ranks == 1 and name in args.model_fields_set and getattr(args, name) is not None:
+            raise UserError(f"{name}={getattr(args, name)}: no effect without several ranks; see num_gpus")
     if layout.ranks > 1 and args.backend == "diffusers":
         raise UserError(f"num_gpus={layout.ranks}: the diffusers backend runs on one")
     if heads is not None:

@@ -65,11 +65,6 @@ class Mesh:
         sp, branch = Group("sp", layout.sp), Group("branch", layout.sp * layout.tp)
         return cls(layout, None, sp=sp, branch=branch, world=Group("world", layout.ranks), **groups)
 
-    @property
-    def is_first(self) -> bool:
-        """Whether this is the rank that speaks for all."""
-        return self.world.rank == 0
-
     def report(self) -> dict[str, Any]:
         """Degrees, and what this rank has sent since the last report, by group and collective."""
         groups = (self.dp, self.cfg, self.ring, self.ulysses, self.tp, self.sp, self.branch, self.world)

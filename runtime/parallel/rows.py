@@ -19,6 +19,7 @@ from sgl_diffusion.kernels.launch import rehearsing
 from sgl_diffusion.models.autoencoders.bands import Bands, Rims, empty_as
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.parallel.group import Group, Traffic
+from sgl_diffusion.runtime.parallel.volume import share_size
 
 
 class RankBands:
@@ -70,7 +71,7 @@ class RankBands:
     def _bounds(self, rows: int) -> list[int]:
         """Where the bands begin, and where the last one ends."""
         check_rows(rows, self.ranks)
-        shares = (rows // self.ranks + (rank < rows % self.ranks) for rank in range(self.ranks))
+        shares = (share_size(rows, self.ranks, rank) for rank in range(self.ranks))
         return list(accumulate(shares, initial=0))
 
 
