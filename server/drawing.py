@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sgl_diffusion.runtime.args import OutputOptions, SamplingParams, parse
+from sgl_diffusion.runtime.args import OutputOptions, SamplingParams
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import RunFailure, UserError
+from sgl_diffusion.runtime.parallel.lockstep import RankLost
 from sgl_diffusion.runtime.events import Drawing, Finished, Pixels, Result, StageStarted, StepDone
+from sgl_diffusion.runtime.option import parse
 from sgl_diffusion.runtime.request import DEFAULT_SEED
 from sgl_diffusion.runtime.snapshots import Snapshot, read_snapshot, save_snapshot
 from sgl_diffusion.server import messages
@@ -246,8 +248,9 @@ class Batch:
 
 
 def is_fatal(error: BaseException) -> bool:
-    """Whether the device is of no more use to this process: every call after it fails as well."""
-    return any(isinstance(e, torch.AcceleratorError) or "CUDA error" in str(e) for e in _causes(error))
+    """Whether the device, or another rank, is of no more use to this process: every call after it fails as well."""
+    lost = (torch.AcceleratorError, RankLost)
+    return any(isinstance(e, lost) or "CUDA error" in str(e) for e in _causes(error))
 
 
 def failure_of(error: Exception) -> Failure:

@@ -387,7 +387,7 @@ def test_a_restart_goes_on_where_uploads_stopped(s3: S3, folders: Folders) -> No
         leftover = folders.results(jobs[0].id) / "0.png"
         async with uploading(store, folders, storage(s3.url)) as uploader:
             for job in jobs:
-                done = await uploader.wait(job.id, timeout=20)
+                done = await uploader.wait(job.id, timeout=60)
                 assert done is not None and done.upload is UploadState.UPLOADED
         leftover.write_bytes(PNG)  # as if the server had died between the record and the removal
         async with uploading(store, folders, storage(s3.url)):

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from server_process import ServerProcess, serving
+from server_process import ServerProcess, serving, wait_for
 from test_bench import bench
 
 CLIENTS, EACH, PLACES, DISTINCT = 200, 1, 120, 8  # requests of each client; jobs that may wait; different requests
@@ -81,7 +81,8 @@ def reconciled(server: ServerProcess, clients: Clients) -> set[str]:
     told = server.get("/server_info")
     others = {"queued": 0, "in_progress": 0, "failed": 0, "cancelled": 0}
     assert told["jobs"] == {"completed": len(ids)} | others and told["engine"]["restarts"] == 0
-    assert {path.name for path in (server.data_dir / "results").iterdir()} == ids
+    # the folder that a batch was drawn into goes after its jobs are told
+    wait_for(lambda: {path.name for path in (server.data_dir / "results").iterdir()} == ids)
     assert not list((server.data_dir / "snapshots").iterdir()) and not list((server.data_dir / "inputs").iterdir())
     return ids
 

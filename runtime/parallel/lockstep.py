@@ -50,6 +50,10 @@ class Stopped(Exception):
     """The first rank's caller has let go of the request."""
 
 
+class RankLost(RunFailure):
+    """A request cannot be drawn by these processes, though it might by others."""
+
+
 class Lockstep:
     """The ranks of a job; of one alone, all of this is nothing.
 
@@ -76,17 +80,17 @@ class Lockstep:
         """From the first rank to all others; None: there will be no more.
 
         Raises:
-            RunFailure: they are not there to take it.
+            RankLost: they are not there to take it.
         """
         if self.orders is None:
             return
         if self.broken:
-            raise RunFailure("another rank failed in an earlier request: the ranks have to be started again")
+            raise RankLost("another rank failed in an earlier request: the ranks have to be started again")
         try:
             dist.broadcast_object_list([order], src=0, group=self.orders)
         except RuntimeError as e:
             self.broken = True
-            raise RunFailure(f"another rank is gone: {str(e).splitlines()[0]}") from e
+            raise RankLost(f"another rank is gone: {str(e).splitlines()[0]}") from e
 
     def take(self) -> Order | None:
         """What the first rank gives next."""
