@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -20,14 +20,21 @@ class Gpu:
     shared_per_sm: int
     warps_per_sm: int
     blocks_per_sm: int
-    tensor_core: str  # the instruction a half-precision product becomes
+    tensor_core: Mapping[str, str]  # the instructions, as a pattern, that products become, by what is multiplied
 
 
+def _products(half: str, int8: str, fp8: str, scaled: str) -> dict[str, str]:
+    """scaled: of blocks with scales of their own, in fp8 or fp4, which Triton widens before sm_100."""
+    return {"bf16": half, "f16": half, "i8": int8, "f8E4M3FN": fp8, "scaled": scaled}
+
+
+MMA = _products("HMMA", "IMMA", "QMMA", "HMMA")
 GPUS = {
-    "sm_80": Gpu(80, 166912, 167936, 64, 32, "HMMA"),
-    "sm_89": Gpu(89, 101376, 102400, 48, 24, "HMMA"),
-    "sm_90": Gpu(90, 232448, 233472, 64, 32, "HGMMA"),
-    "sm_100": Gpu(100, 232448, 233472, 64, 32, "UTCHMMA"),
+    "sm_80": Gpu(80, 166912, 167936, 64, 32, MMA),
+    "sm_89": Gpu(89, 101376, 102400, 48, 24, MMA),
+    "sm_90": Gpu(90, 232448, 233472, 64, 32, _products("HGMMA", "IGMMA", "QGMMA", "HGMMA")),
+    # Triton 3.6 multiplies int8 there as on the GPUs before
+    "sm_100": Gpu(100, 232448, 233472, 64, 32, _products("UTCHMMA", "UTCIMMA|IMMA", "UTCQMMA", "UTC[OQ]MMA")),
 }
 
 

@@ -102,6 +102,7 @@ def compile_case(case: Case, gpu: Gpu) -> tuple[list[Compiled], dict[int, launch
 # -- inspection -------------------------------------------------------------------
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_PRODUCT = re.compile(r"tt\.dot .*: tensor<(?:\d+x)+(\w+)>")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
@@ -135,8 +136,9 @@ def inspect(arch: str, case: Case, compiled: Compiled, form: str, allowed_local:
     if "serialized" in compiled.log:
         problem("the assembler serialised wgmma")
     half = case.dtype in launch.HALF_DTYPES
-    if case.op.flops is not None and half and gpu.tensor_core not in names:
-        problem(f"no {gpu.tensor_core} instruction")
+    for multiplied, wanted in gpu.tensor_core.items():
+        if multiplied in _products_of(code.asm["ttir"]) and not any(re.fullmatch(wanted, name) for name in names):
+            problem(f"no {wanted} instruction for products of {multiplied}")
     if form in ("tma", "ws") and "TMA" not in loads:
         problem(f"form {form} without the bulk copy engine")
     if form == "ws" and "USETMAXREG" not in names:
@@ -147,6 +149,11 @@ def inspect(arch: str, case: Case, compiled: Compiled, form: str, allowed_local:
         if stores.get("16", 0) > NARROW_SCALARS:
             problem(f"narrow stores: {stores['16']} of 16 bits")
     return row
+
+
+def _products_of(ttir: str) -> set[str]:
+    """What a kernel multiplies: types of operands, and "scaled" for blocks with scales."""
+    return {*_PRODUCT.findall(ttir), *(["scaled"] if "tt.dot_scaled" in ttir else [])}
 
 
 def _widths(instructions: Counter[str], kinds: tuple[str, ...]) -> dict[str, int]:
@@ -230,7 +237,8 @@ def show(row: Row) -> None:
     if row.kernel:
         numbers = f"{row.registers:5d}{row.stack:6d}{row.spills:7d}{row.shared:8d}{row.warps:6d}{row.occupancy:5.0%}"
         kernel = row.kernel.strip("_").removesuffix("_kernel")
-        print(f"{row.arch:7}{kernel:26}{numbers}  {row.tensor_core:8}{row.loads:22} {row.case}  {row.tile}", flush=True)
+        made_of = f"{row.tensor_core:16}{row.loads:22} {row.case}  {row.tile}"
+        print(f"{row.arch:7}{kernel:26}{numbers}  {made_of}", flush=True)
     if row.skipped:
         print(f"{row.arch:7}{row.op:26} {row.case}: does not run here: {row.skipped}")
     for problem in row.problems:
@@ -248,7 +256,7 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
         raise UserError("TRITON_INTERPRET is set: kernels would be interpreted, not compiled; unset it")
     dtypes = [DTYPES[args.dtype]] if args.dtype else [*DTYPES.values()]
     print(f"triton {triton.__version__}")
-    print(f"{HEADER}{'mma':8}{'loads by bits':22} case  tile")
+    print(f"{HEADER}{'mma':16}{'loads by bits':22} case  tile")
     rows = []
     for arch in args.arch or GPUS:
         for row in check(arch, [OPS[name] for name in args.op or OPS], dtypes):

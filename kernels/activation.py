@@ -5,7 +5,7 @@
     silu       x / (1 + exp(-x))
     swiglu     silu(a) * b with a and b the halves of x; geglu: a * gelu_erf(b)   (Shazeer 2020)
 
-Shapes: x (..., D), or (..., 2 D) for the gated ones -> y (..., D), or its 8-bit codes and the scales of its rows.
+Shapes: x (..., D), or (..., 2 D) for the gated ones -> y (..., D), or its 8-bit codes and their scales.
 Why: reads and writes slices of wider buffers, so that a block's [attention, MLP] is never concatenated, and quantises a
 row where it is made.
 """
@@ -22,12 +22,15 @@ from torch import Tensor
 
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.op import Inputs, Op, inside, noise, poisoned
+from sgl_diffusion.kernels.pointwise import gelu_erf, gelu_tanh, silu
 from sgl_diffusion.kernels.quantize import (
     DTYPES,
-    LARGEST,
     Format,
     check_format,
+    constants,
     eager_quantize_rows,
+    new_scales,
+    quantize_blocks,
     quantize_rows_reference,
     require_fp8,
     row_scale,
@@ -42,22 +45,6 @@ GATED = ("swiglu", "geglu")
 
 
 @triton.jit
-def gelu_tanh(x):
-    # (1 + tanh(u)) / 2 = 1 / (1 + 2^(-2 u log2(e))); the factor below is -2 sqrt(2 / pi) log2(e)
-    return x / (1.0 + tl.math.exp2(-2.302208198144325 * (x + 0.044715 * x * x * x)))
-
-
-@triton.jit
-def _gelu_erf(x):
-    return 0.5 * x * (1.0 + tl.math.erf(x * 0.7071067811865476))
-
-
-@triton.jit
-def _silu(x):
-    return x / (1.0 + tl.math.exp2(x * -1.4426950408889634))
-
-
-@triton.jit
 def _activated(x_ptr, bias_ptr, d, live, D, KIND: tl.constexpr):
     """f of the elements d of a row, or of some rows."""
     x = tl.load(x_ptr + d, mask=live, other=0.0).to(tl.float32)
@@ -66,14 +53,14 @@ def _activated(x_ptr, bias_ptr, d, live, D, KIND: tl.constexpr):
     if KIND == "gelu_tanh":
         return gelu_tanh(x)
     elif KIND == "gelu_erf":
-        return _gelu_erf(x)
+        return gelu_erf(x)
     elif KIND == "silu":
-        return _silu(x)
+        return silu(x)
     else:
         b = tl.load(x_ptr + D + d, mask=live, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             b += tl.load(bias_ptr + D + d, mask=d < D, other=0.0).to(tl.float32)
-        return _silu(x) * b if KIND == "swiglu" else x * _gelu_erf(b)
+        return silu(x) * b if KIND == "swiglu" else x * gelu_erf(b)
 
 
 @triton.jit
@@ -91,35 +78,48 @@ def _activation_kernel(
 @triton.jit
 def _quantized_activation_kernel(
     x_ptr, bias_ptr, y_ptr, scale_ptr, x_stride_m, y_stride_m, D,
-    KIND: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
-    """A row a program, too wide for registers: once for its largest value, and again, from L2, for its codes."""
+    """A row a program, too wide for registers: once for its largest value, and again, from L2, for its codes.
+
+    Blocks of columns with scales of their own are held whole, and need the one pass.
+    """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride_m
-    largest = tl.zeros((BLOCK_D,), tl.float32)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        largest = tl.maximum(largest, tl.where(d < D, tl.abs(_activated(x_ptr, bias_ptr, d, d < D, D, KIND)), 0.0))
-    scale = row_scale(tl.max(largest, axis=0), LARGEST)
-    for start in range(0, D, BLOCK_D):
-        d = start + tl.arange(0, BLOCK_D)
-        code = to_code(_activated(x_ptr, bias_ptr, d, d < D, D, KIND), scale, INTEGER)
-        tl.store(y_ptr + row * y_stride_m + d, code.to(y_ptr.dtype.element_ty), mask=d < D)
-    tl.store(scale_ptr + row, scale)
+    y_ptr += row * y_stride_m
+    if SCALE_BLOCK:
+        scale_ptr += row * tl.cdiv(D, SCALE_BLOCK)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            y = tl.where(d < D, _activated(x_ptr, bias_ptr, d, d < D, D, KIND), 0.0)
+            code = quantize_blocks(y, scale_ptr + start // SCALE_BLOCK, D - start, LARGEST, SCALE_BLOCK)
+            tl.store(y_ptr + d, code.to(y_ptr.dtype.element_ty), mask=d < D)
+    else:
+        largest = tl.zeros((BLOCK_D,), tl.float32)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            y = tl.where(d < D, _activated(x_ptr, bias_ptr, d, d < D, D, KIND), 0.0)
+            largest = tl.maximum(largest, tl.abs(y))
+        scale = row_scale(tl.max(largest, axis=0), LARGEST)
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            code = to_code(_activated(x_ptr, bias_ptr, d, d < D, D, KIND), scale, INTEGER)
+            tl.store(y_ptr + d, code.to(y_ptr.dtype.element_ty), mask=d < D)
+        tl.store(scale_ptr + row, scale)
 
 
 def activation(
     x: Tensor, kind: Kind, *, bias: Tensor | None = None, out: Tensor | None = None,
     quantize: Format | None = None, impl: launch.Impl = "auto",
 ) -> Any:  # fmt: skip
-    """Returns `out`, or a new contiguous tensor; quantised, codes and fp32 scales of the rows.
+    """Returns `out`, or a new contiguous tensor; quantised, codes and fp32 scales.
 
     Args:
         x: (..., D) or, of gated kinds, (..., 2 D), contiguous last dimension, rows evenly apart.
         bias: added first; as wide as x, any float dtype.
         out: (..., D); may be a slice of a wider buffer, or x itself where that is not gated. In the dtype of x, or of
             the codes.
-        quantize: "fp8" (sm_89 and later) or "int8".
+        quantize: "fp8" or "fp8_block" (sm_89 and later), or "int8", as `quantize_rows` would after it.
     Raises:
         ValueError: a shape, dtype, device, stride or name that does not fit.
     Source: `GELU` and `GEGLU` of diffusers; its transformers differ in which half of x a SwiGLU's SiLU takes.
@@ -145,7 +145,7 @@ def activation(
     if not launch.runs_triton(impl, x):
         return activation_reference(x, kind, bias=bias, out=out, quantize=quantize)
     M = x.numel() // width
-    tiles = launch.tile("activation", quantized=int(quantize is not None))
+    tiles = launch.tile("activation", quantized=int(quantize is not None), blocked=int(quantize == "fp8_block"))
     with launch.on_device(x):
         if quantize is None:
             grid = (triton.cdiv(M, tiles["BLOCK_M"]), triton.cdiv(D, tiles["BLOCK_D"]))
@@ -154,10 +154,10 @@ def activation(
             )
             return out
         require_fp8(quantize)
-        scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        scale = new_scales(x, D, quantize)
         _quantized_activation_kernel[(M,)](
             x, bias, out, scale, x_stride, out_stride, D,
-            KIND=kind, LARGEST=LARGEST[quantize], INTEGER=quantize == "int8", enable_fp_fusion=True, **tiles,
+            KIND=kind, **constants(quantize), enable_fp_fusion=True, **tiles,
         )  # fmt: skip
     return out, scale
 
@@ -240,6 +240,7 @@ OP = Op(
         {"B": 1, "L": 3, "D": 33, "kind": "geglu"},
         {"B": 2, "L": 2, "D": 40, "kind": "gelu_tanh", "biased": True, "quantize": "int8"},
         {"B": 1, "L": 3, "D": 33, "kind": "swiglu", "quantize": "fp8"},
+        {"B": 1, "L": 2, "D": 300, "kind": "swiglu", "quantize": "fp8_block"},
     ),
     production=(
         {"B": 1, "L": 4096, "D": 12288, "kind": "gelu_tanh"},
@@ -247,6 +248,7 @@ OP = Op(
         {"B": 1, "L": 4224, "D": 10240, "kind": "swiglu"},
         {"B": 1, "L": 4096, "D": 12288, "kind": "gelu_tanh", "quantize": "fp8"},
         {"B": 1, "L": 4224, "D": 10240, "kind": "swiglu", "quantize": "int8"},
+        {"B": 1, "L": 4096, "D": 12288, "kind": "gelu_tanh", "quantize": "fp8_block"},
     ),
     cpu=(
         {"B": 1, "L": 1024, "D": 3072, "kind": "gelu_tanh"},

@@ -94,7 +94,7 @@ def attention(
             dim outside 16..128.
     """
     visible = Visible(causal, key_mask_BS, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-    _check_tensors(q_BLHK, k_BLHK, v_BLHK, out)
+    check_tensors(q_BLHK, k_BLHK, v_BLHK, out)
     _check_visible(q_BLHK, k_BLHK, visible)
     B, Q, H, K = q_BLHK.shape
     if scale is not None and not scale > 0:
@@ -207,7 +207,7 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 # -- arguments --------------------------------------------------------------------
 
 
-def _check_tensors(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None) -> None:
+def check_tensors(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None) -> None:
     launch.check_float(q_BLHK, q_BLHK=q_BLHK, k_BLHK=k_BLHK, v_BLHK=v_BLHK)
     launch.check_ndim(4, q_BLHK=q_BLHK, k_BLHK=k_BLHK)
     B, Q, H, K = q_BLHK.shape

@@ -37,7 +37,7 @@ def _weigh(scores, acc, row_max, row_sum, scale_log2, SOME_ROWS_DEAD: tl.constex
 
 
 @triton.jit
-def _finish(
+def finish(
     acc, row_max, row_sum, out_ptr, lse_ptr, b, h, first, out_stride_b, out_stride_l, out_stride_h,
     Q, lse_stride_b, lse_stride_h, K,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SOME_ROWS_DEAD: tl.constexpr,
@@ -152,7 +152,7 @@ def pointer_kernel(
             q, acc, row_max, row_sum, k_ptrs, v_ptrs, end, key_bias_ptr, S, first, K, scale_log2,
             True, CAUSAL, PADDED, PRECISION, BLOCK_Q, BLOCK_S, BLOCK_K,
         )
-    _finish(
+    finish(
         acc, row_max, row_sum, out_ptr, lse_ptr, b, h, first, out_stride_b, out_stride_l, out_stride_h,
         Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K,
         key_bias_ptr is not None or cu_seqlens_k_ptr is not None,
@@ -201,7 +201,7 @@ def tma_kernel(
         b * S, key_head * k_stride_h, key_head * v_stride_h, S, scale_log2,
         RAGGED, False, PRECISION, BLOCK_Q, BLOCK_S, BLOCK_K, STAGES,
     )
-    _finish(
+    finish(
         acc, row_max, row_sum, out_ptr, lse_ptr, b.to(tl.int64), h.to(tl.int64), first,
         out_stride_b, out_stride_l, out_stride_h, Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False,
     )
@@ -234,7 +234,7 @@ def ws_kernel(
         q_tiles.load([first, 0]), k_tiles, v_tiles, 0, 0, 0, S, scale_log2,
         RAGGED, True, PRECISION, BLOCK_Q, BLOCK_S, BLOCK_K, STAGES,
     )
-    _finish(
+    finish(
         acc, row_max, row_sum, out_ptr, lse_ptr, b, h, first,
         out_stride_b, out_stride_l, out_stride_h, Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False,
     )
@@ -279,11 +279,11 @@ def two_tiles_kernel(
         acc1 = tl.dot(weights1.to(v.dtype), v, acc1, input_precision=PRECISION, out_dtype=tl.float32)
     b = b.to(tl.int64)
     h = h.to(tl.int64)
-    _finish(
+    finish(
         acc0, max0, sum0, out_ptr, lse_ptr, b, h, first,
         out_stride_b, out_stride_l, out_stride_h, Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False,
     )
-    _finish(
+    finish(
         acc1, max1, sum1, out_ptr, lse_ptr, b, h, second,
         out_stride_b, out_stride_l, out_stride_h, Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False,
     )

@@ -9,6 +9,7 @@ Which form is fastest, cuBLAS and separate passes ("blas") or a kernel of `gemm_
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import overload
 
 import torch
@@ -87,7 +88,24 @@ def _check(
     gate: Tensor | None, residual: Tensor | None, out: Tensor | None,
 ) -> None:  # fmt: skip
     launch.check_ndim(2, weight_NK=weight_NK)
-    N, K = weight_NK.shape
+    launch.check_float(x_MK, x_MK=x_MK, weight_NK=weight_NK)
+    launch.check_dtype(x_MK.dtype, weight_NK=weight_NK)
+    launch.check_shape((*x_MK.shape[:-1], weight_NK.shape[1]), x_MK=x_MK)
+    launch.check_contiguous(weight_NK=weight_NK)
+    launch.check_last_dim(x_MK=x_MK)
+    launch.row_stride("x_MK", x_MK)
+    check_epilogue(x_MK, weight_NK.shape[0], x_MK.dtype, bias_N, gelu_from, tail, gate, residual, out)
+
+
+def check_epilogue(
+    x_MK: Tensor, N: int, dtype: torch.dtype, bias_N: Tensor | None, gelu_from: int | None, tail: Tensor | None,
+    gate: Tensor | None, residual: Tensor | None, out: Tensor | None,
+) -> None:  # fmt: skip
+    """Of a product with N columns and results in `dtype`; the same for every kind of weight.
+
+    Raises:
+        ValueError: as `gemm` does.
+    """
     rows = tuple(x_MK.shape[:-1])
     head = N
     if gelu_from is not None and not 0 <= gelu_from < N:
@@ -110,10 +128,8 @@ def _check(
         launch.check_last_dim(gate=gate)
     optional = {"bias_N": bias_N, "tail": tail, "residual": residual, "out": out}
     given = {name: t for name, t in optional.items() if t is not None}
-    launch.check_float(x_MK, x_MK=x_MK, weight_NK=weight_NK, **given)
-    launch.check_dtype(x_MK.dtype, weight_NK=weight_NK, **given)
-    launch.check_shape((*rows, K), x_MK=x_MK)
-    launch.check_contiguous(weight_NK=weight_NK)
+    launch.check_float(x_MK, **given)
+    launch.check_dtype(dtype, **given)
     if bias_N is not None:
         launch.check_shape((N,), bias_N=given.pop("bias_N"))
         launch.check_contiguous(bias_N=bias_N)
@@ -121,8 +137,8 @@ def _check(
         launch.check_shape((*rows, N), residual=residual)
     if out is not None:
         launch.check_shape((*rows, head), out=out)
-    launch.check_last_dim(x_MK=x_MK, **given)
-    for name, t in {"x_MK": x_MK, **given}.items():
+    launch.check_last_dim(**given)
+    for name, t in given.items():
         launch.row_stride(name, t)
 
 
@@ -132,17 +148,32 @@ def gemm_reference(
     residual: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """PyTorch's product, summed in fp32 for half precision too, then a pass over it. Also the "blas" form on a GPU."""
+
+    def product(columns: slice, out: Tensor | None) -> Tensor:
+        return _product(x_MK, weight_NK[columns], None if bias_N is None else bias_N[columns], out)
+
+    return with_epilogue(product, gelu_from, tail, gate, residual, out)
+
+
+def with_epilogue(
+    product: Callable[[slice, Tensor | None], Tensor], gelu_from: int | None, tail: Tensor | None,
+    gate: Tensor | None, residual: Tensor | None, out: Tensor | None,
+) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
+    """A product and passes over it, for references.
+
+    Args:
+        product: called with a range of output columns and where they go; without a place, a new tensor that may have
+            more precision than the result. The bias is part of it.
+    """
     if tail is not None:
-        biases = (None, None) if bias_N is None else (bias_N[:gelu_from], bias_N[gelu_from:])
-        y = _product(x_MK, weight_NK[gelu_from:], biases[1])
-        activation_reference(y, "gelu_tanh", out=tail)
-        return _product(x_MK, weight_NK[:gelu_from], biases[0], out), tail
+        activation_reference(product(slice(gelu_from, None), None), "gelu_tanh", out=tail)
+        return product(slice(gelu_from), out), tail
     if residual is None:
-        y = _product(x_MK, weight_NK, bias_N, out)
+        y = product(slice(None), out)
         if gelu_from is not None:
             activation_reference(y[..., gelu_from:], "gelu_tanh", out=y[..., gelu_from:])
         return y
-    y = _product(x_MK, weight_NK, bias_N)
+    y = product(slice(None), None)
     out = y if out is None else out
     if gate is None:
         return torch.add(y, residual, out=out)

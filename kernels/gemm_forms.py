@@ -15,7 +15,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sgl_diffusion.kernels import launch
-from sgl_diffusion.kernels.activation import gelu_tanh
+from sgl_diffusion.kernels.pointwise import gelu_tanh
 
 # M rows  N output columns  K input columns
 
@@ -25,7 +25,7 @@ TMA_ALIGNMENT = 16  # bytes, of addresses and row strides
 
 
 @triton.jit
-def _tile_at(number, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+def tile_at(number, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
     """First row and column of a tile. Tiles go down GROUP_M at a time, so that both operands stay in L2."""
     tiles_m = tl.cdiv(M, BLOCK_M)
     per_group = GROUP_M * tl.cdiv(N, BLOCK_N)
@@ -36,7 +36,7 @@ def _tile_at(number, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M
 
 
 @triton.jit
-def _with_bias_and_gelu(acc, bias_ptr, n, N, gelu_from, GELU: tl.constexpr):
+def with_bias_and_gelu(acc, bias_ptr, n, N, gelu_from, GELU: tl.constexpr):
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
     if GELU:
@@ -45,7 +45,7 @@ def _with_bias_and_gelu(acc, bias_ptr, n, N, gelu_from, GELU: tl.constexpr):
 
 
 @triton.jit
-def _gated(acc, gate_ptr, m, n, M, N, gate_stride_g, rows_per_gate, ONE_GATE: tl.constexpr):
+def gated(acc, gate_ptr, m, n, M, N, gate_stride_g, rows_per_gate, ONE_GATE: tl.constexpr):
     if gate_ptr is None:
         return acc
     elif ONE_GATE:
@@ -57,6 +57,29 @@ def _gated(acc, gate_ptr, m, n, M, N, gate_stride_g, rows_per_gate, ONE_GATE: tl
 
 
 @triton.jit
+def finish(
+    acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr,
+    gate_stride_g, residual_stride_m, out_stride_m, tail_stride_m, M, N, gelu_from, rows_per_gate,
+    GELU: tl.constexpr, ONE_GATE: tl.constexpr,
+):
+    """Epilogue of rows m and columns n of a product."""
+    live = (m < M)[:, None] & (n < N)[None, :]
+    acc = with_bias_and_gelu(acc, bias_ptr, n, N, gelu_from, GELU)
+    acc = gated(acc, gate_ptr, m, n, M, N, gate_stride_g, rows_per_gate, ONE_GATE)
+    row = m.to(tl.int64)[:, None]
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + row * residual_stride_m + n[None, :], mask=live, other=0.0)
+        acc += residual.to(tl.float32)
+    out = acc.to(out_ptr.dtype.element_ty)
+    if tail_ptr is None:
+        tl.store(out_ptr + row * out_stride_m + n[None, :], out, mask=live)
+    else:
+        in_tail = (n >= gelu_from)[None, :]
+        tl.store(out_ptr + row * out_stride_m + n[None, :], out, mask=live & ~in_tail)
+        tl.store(tail_ptr + row * tail_stride_m + (n - gelu_from)[None, :], out, mask=live & in_tail)
+
+
+@triton.jit
 def _gemm_pointer_kernel(
     x_ptr, weight_ptr, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr,
     x_stride_m, gate_stride_g, residual_stride_m, out_stride_m, tail_stride_m,
@@ -65,7 +88,7 @@ def _gemm_pointer_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """One tile a program."""
-    first_m, first_n = _tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    first_m, first_n = tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
@@ -84,32 +107,22 @@ def _gemm_pointer_kernel(
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
-    live = (m < M)[:, None] & (n < N)[None, :]
-    acc = _with_bias_and_gelu(acc, bias_ptr, n, N, gelu_from, GELU)
-    acc = _gated(acc, gate_ptr, m, n, M, N, gate_stride_g, rows_per_gate, ONE_GATE)
-    row = m.to(tl.int64)[:, None]
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + row * residual_stride_m + n[None, :], mask=live, other=0.0)
-        acc += residual.to(tl.float32)
-    out = acc.to(out_ptr.dtype.element_ty)
-    if tail_ptr is None:
-        tl.store(out_ptr + row * out_stride_m + n[None, :], out, mask=live)
-    else:
-        in_tail = (n >= gelu_from)[None, :]
-        tl.store(out_ptr + row * out_stride_m + n[None, :], out, mask=live & ~in_tail)
-        tl.store(tail_ptr + row * tail_stride_m + (n - gelu_from)[None, :], out, mask=live & in_tail)
+    finish(
+        acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr,
+        gate_stride_g, residual_stride_m, out_stride_m, tail_stride_m, M, N, gelu_from, rows_per_gate, GELU, ONE_GATE,
+    )
 
 
 @triton.jit
-def _finish(
+def finish_tma(
     acc, first_m, first_n, bias_ptr, gate_ptr, residual, out, tail, M, N, gelu_from, gate_stride_g, rows_per_gate,
     GELU: tl.constexpr, ONE_GATE: tl.constexpr, BLOCK_M: tl.constexpr, HALF_N: tl.constexpr,
 ):
-    """Epilogue of half a tile; residual, out and tail are descriptors."""
+    """The same of half a tile; residual, out and tail are descriptors."""
     m = first_m + tl.arange(0, BLOCK_M)
     n = first_n + tl.arange(0, HALF_N)
-    acc = _with_bias_and_gelu(acc, bias_ptr, n, N, gelu_from, GELU)
-    acc = _gated(acc, gate_ptr, m, n, M, N, gate_stride_g, rows_per_gate, ONE_GATE)
+    acc = with_bias_and_gelu(acc, bias_ptr, n, N, gelu_from, GELU)
+    acc = gated(acc, gate_ptr, m, n, M, N, gate_stride_g, rows_per_gate, ONE_GATE)
     if residual is not None:
         acc += residual.load([first_m, first_n]).to(tl.float32)
     result = acc.to(out.dtype)
@@ -129,17 +142,17 @@ def _gemm_tma_kernel(
     tl.assume(K > 0)  # or Triton 3.6 waits after every wgmma: it sees a loop that may not run
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        first_m, first_n = _tile_at(number, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        first_m, first_n = tile_at(number, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         for k in range(0, K, BLOCK_K):
             acc = tl.dot(x.load([first_m, k]), weight.load([first_n, k]).T, acc, out_dtype=tl.float32)
         # in halves: a whole tile's epilogue holds accumulator and result in registers at once
         left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        _finish(
+        finish_tma(
             left, first_m, first_n, bias_ptr, gate_ptr, residual, out, tail,
             M, N, gelu_from, gate_stride_g, rows_per_gate, GELU, ONE_GATE, BLOCK_M, BLOCK_N // 2,
         )
-        _finish(
+        finish_tma(
             right, first_m, first_n + BLOCK_N // 2, bias_ptr, gate_ptr, residual, out, tail,
             M, N, gelu_from, gate_stride_g, rows_per_gate, GELU, ONE_GATE, BLOCK_M, BLOCK_N // 2,
         )
@@ -148,19 +161,19 @@ def _gemm_tma_kernel(
 # -- launching --------------------------------------------------------------------
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """All leading dimensions as one, without a copy."""
     return x.view(-1, x.shape[-1])
 
 
-def _row_stride(x: Tensor | None) -> int:
-    return 0 if x is None else _rows(x).stride(0)
+def row_stride(x: Tensor | None) -> int:
+    return 0 if x is None else as_rows(x).stride(0)
 
 
 def fit_descriptors(*tensors: Tensor | None) -> bool:
     """Whether the TMA unit can address the rows of all these."""
     return all(
-        t.data_ptr() % TMA_ALIGNMENT == 0 and _row_stride(t) * t.element_size() % TMA_ALIGNMENT == 0
+        t.data_ptr() % TMA_ALIGNMENT == 0 and row_stride(t) * t.element_size() % TMA_ALIGNMENT == 0
         for t in tensors
         if t is not None
     )
@@ -175,7 +188,7 @@ def launch_pointer(
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
     groups = 1 if gate is None else gate.shape[0]
     _gemm_pointer_kernel[grid](
-        x_MK, weight_NK, bias_N, gate, residual, out, tail, *map(_row_stride, (x_MK, gate, residual, out, tail)),
+        x_MK, weight_NK, bias_N, gate, residual, out, tail, *map(row_stride, (x_MK, gate, residual, out, tail)),
         M, N, K, gelu_from or 0, M // groups,
         GELU=gelu_from is not None, ONE_GATE=groups == 1, EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=FP32_PRODUCT,
         enable_fp_fusion=True, **tile,
@@ -191,22 +204,22 @@ def launch_tma(
     def descriptor(t: Tensor | None, columns: int, rows: int = block_m) -> TensorDescriptor | None:
         if t is None:
             return None
-        return TensorDescriptor(t, list(_rows(t).shape), [_row_stride(t), 1], [rows, columns])
+        return TensorDescriptor(t, list(as_rows(t).shape), [row_stride(t), 1], [rows, columns])
 
     N, K = weight_NK.shape
     M = x_MK.numel() // K
     groups = 1 if gate is None else gate.shape[0]
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    _gemm_tma_kernel[(min(tiles, _processors(x_MK.device)),)](
+    _gemm_tma_kernel[(min(tiles, processors(x_MK.device)),)](
         descriptor(x_MK, block_k), descriptor(weight_NK, block_k, block_n), bias_N, gate,
         *(descriptor(t, block_n // 2) for t in (residual, out, tail)),
-        M, N, K, gelu_from or 0, _row_stride(gate), M // groups,
+        M, N, K, gelu_from or 0, row_stride(gate), M // groups,
         GELU=gelu_from is not None, ONE_GATE=groups == 1,
         enable_fp_fusion=True, **tile,
     )  # fmt: skip
 
 
 @functools.cache
-def _processors(device: torch.device) -> int:
+def processors(device: torch.device) -> int:
     """Of the GPU; elsewhere few, so that a program takes several tiles of a small test."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

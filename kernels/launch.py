@@ -187,6 +187,11 @@ def check_float(like: Tensor, **tensors: Tensor) -> None:
         if x.dtype not in FLOAT_DTYPES:
             allowed = ", ".join(map(_short, FLOAT_DTYPES))
             raise ValueError(f"{name}: dtype {_short(x.dtype)}, expected {allowed}")
+    check_device(like, **tensors)
+
+
+def check_device(like: Tensor, **tensors: Tensor) -> None:
+    for name, x in tensors.items():
         if x.device != like.device:
             raise ValueError(f"{name}: on {x.device}, the other tensors are on {like.device}")
 

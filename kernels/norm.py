@@ -23,10 +23,11 @@ from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.op import Inputs, Op, inside, noise, poisoned
 from sgl_diffusion.kernels.quantize import (
     DTYPES,
-    LARGEST,
     Format,
     check_format,
+    constants,
     eager_quantize_rows,
+    new_scales,
     quantize_row,
     quantize_rows_reference,
     require_fp8,
@@ -61,7 +62,7 @@ def _norm_kernel(
     group_ptr, rows_per_group, y_ptr, row_scale_ptr,
     L, D, eps,
     KIND: tl.constexpr, TANH_GATE: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
-    SATURATE: tl.constexpr, BLOCK_D: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr, SATURATE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """A row a program. Pointers of what is not asked for are None."""
     l = tl.program_id(0).to(tl.int64)
@@ -101,8 +102,7 @@ def _norm_kernel(
         if shift_ptr is not None:
             y += tl.load(shift_ptr + group * shift_stride + d, mask=live, other=0.0).to(tl.float32)
         if row_scale_ptr is not None:
-            y, row_scale = quantize_row(y, LARGEST, INTEGER)
-            tl.store(row_scale_ptr + row, row_scale)
+            y = quantize_row(y, row_scale_ptr, row, D, LARGEST, INTEGER, SCALE_BLOCK)
         tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
@@ -114,13 +114,13 @@ def norm(
     scale: Tensor | None = None, shift: Tensor | None = None, group: Tensor | None = None,
     eps: float = 1e-6, quantize: Format | None = None, impl: launch.Impl = "auto",
 ) -> Any:  # fmt: skip
-    """LayerNorm or RMSNorm, modulated: a new contiguous tensor in the dtype of x, or (codes, fp32 scales of rows).
+    """LayerNorm or RMSNorm, modulated: a new contiguous tensor in the dtype of x, or (codes, fp32 scales).
 
     Args:
         x: (R, D) or (B, L, D), any strides but a contiguous last dimension.
         weight_D, bias_D, scale, shift: any float dtype. scale and shift may be chunks of a wide projection.
         group: int32 (R,), the group of every row; without it rows are divided evenly.
-        quantize: "fp8" (sm_89 and later) or "int8", as `quantize_rows` would after it.
+        quantize: "fp8" or "fp8_block" (sm_89 and later), or "int8", as `quantize_rows` would after it.
     Raises:
         ValueError: a shape, dtype, device, stride or name that does not fit.
     Source: `AdaLayerNormZero`, `FP32LayerNorm` and `RMSNorm` of diffusers.
@@ -148,7 +148,7 @@ def launch_norm(
     if kind:
         y = torch.empty(x.shape, dtype=DTYPES[quantize] if quantize else x.dtype, device=x.device)
     if quantize:
-        row_scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        row_scale = new_scales(x, x.shape[-1], quantize)
     gate, scale, shift = (vectors.get(name) for name in ("gate", "scale", "shift"))
     groups = groups_of({name: v for name, v in vectors.items() if v is not None})
     # one group of all samples is the same vectors for each: as many rows as a sample has, whatever the batch
@@ -159,7 +159,7 @@ def launch_norm(
             gate, _row_stride(gate), *(weights.get(name) for name in ("sandwich", "weight", "bias")),
             scale, _row_stride(scale), shift, _row_stride(shift), group, rows_per_group, y, row_scale,
             L, D, eps,
-            KIND=kind, TANH_GATE=tanh_gate, LARGEST=LARGEST[quantize] if quantize else 0.0, INTEGER=quantize == "int8",
+            KIND=kind, TANH_GATE=tanh_gate, **constants(quantize),
             SATURATE=x.dtype == torch.float16, BLOCK_D=triton.next_power_of_2(D), enable_fp_fusion=True,
             **launch.tile(op, width=D),
         )  # fmt: skip
@@ -367,6 +367,7 @@ OP = Op(
         {"B": 1, "L": 3, "D": 40, "kind": "rms", "affine": True, "shifted": False},
         {"B": 2, "L": 2, "D": 48, "kind": "layer", "groups": "sample", "quantize": "int8"},
         {"B": 1, "L": 3, "D": 48, "kind": "rms", "groups": "sample", "quantize": "fp8"},
+        {"B": 1, "L": 2, "D": 200, "kind": "layer", "groups": "sample", "quantize": "fp8_block"},
     ),
     production=(
         {"B": 1, "L": 512, "D": 1024, "kind": "layer", "groups": "sample"},
@@ -376,6 +377,7 @@ OP = Op(
         {"B": 1, "L": 4224, "D": 3840, "kind": "rms", "groups": "sample", "affine": True, "shifted": False},
         {"B": 1, "L": 4608, "D": 3072, "kind": "layer", "groups": "sample", "quantize": "fp8"},
         {"B": 1, "L": 32760, "D": 5120, "kind": "layer", "groups": "selected", "quantize": "int8"},
+        {"B": 1, "L": 4608, "D": 3072, "kind": "layer", "groups": "sample", "quantize": "fp8_block"},
     ),
     cpu=(
         {"B": 1, "L": 1024, "D": 768, "kind": "layer", "groups": "sample"},

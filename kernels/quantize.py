@@ -1,15 +1,17 @@
 """q = round(x / s), s = max |x| / largest code, for every row: what a GEMM of 8-bit numbers takes.
 
-Shapes: x_RD -> q_RD in fp8 (e4m3) or int8, s_R in fp32, with x = q * s up to rounding. A row of zeros has s = 1.
-Why: norms and activations quantise a row while they hold it in registers, with the function below; where no such pass
+Shapes: x_RD -> q_RD in fp8 (e4m3) or int8, s_R in fp32, with x = q * s up to rounding; in "fp8_block" s_RC, one for
+every 128 columns of a row, as in DeepSeek-V3 (arXiv 2412.19437, section 3.3). Where all are zeros, s = 1.
+Why: norms and activations quantise a row while they hold it in registers, with the functions below; where no such pass
 comes before a GEMM, this is that pass.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,11 +19,12 @@ from torch import Tensor
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.op import Inputs, Op, inside, noise, poisoned
 
-# R rows, any leading dimensions  D width
+# R rows, any leading dimensions  D width  C blocks of columns
 
-Format = Literal["fp8", "int8"]
-DTYPES: dict[str, torch.dtype] = {"fp8": torch.float8_e4m3fn, "int8": torch.int8}
-LARGEST = {"fp8": 448.0, "int8": 127.0}
+Format = Literal["fp8", "fp8_block", "int8"]
+DTYPES: dict[str, torch.dtype] = {"fp8": torch.float8_e4m3fn, "fp8_block": torch.float8_e4m3fn, "int8": torch.int8}
+LARGEST = {"fp8": 448.0, "fp8_block": 448.0, "int8": 127.0}
+SCALE_BLOCK = 128  # columns that share a scale in a blocked format
 
 
 @triton.jit
@@ -40,92 +43,166 @@ def to_code(y, scale, INTEGER: tl.constexpr):
 
 
 @triton.jit
-def quantize_row(y, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
-    """Codes and scale of a row that a program holds: y in fp32, zeros where it has no element."""
-    scale = row_scale(tl.max(tl.abs(y), axis=0), LARGEST)
-    return to_code(y, scale, INTEGER), scale
+def quantize_blocks(y, scale_ptr, columns, LARGEST: tl.constexpr, SCALE_BLOCK: tl.constexpr):
+    """Codes of neighbouring columns that a program holds: y in fp32, zeros from `columns` on. Stores their scales."""
+    WIDTH: tl.constexpr = min(y.shape[0], SCALE_BLOCK)
+    blocks = tl.reshape(y, (y.shape[0] // WIDTH, WIDTH))
+    scale = row_scale(tl.max(tl.abs(blocks), axis=1), LARGEST)
+    c = tl.arange(0, y.shape[0] // WIDTH)
+    tl.store(scale_ptr + c, scale, mask=c * WIDTH < columns)
+    return tl.reshape(to_code(blocks, scale[:, None], False), (y.shape[0],))
+
+
+@triton.jit
+def quantize_row(y, scale_ptr, row, D, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr):
+    """Codes of a row that a program holds: y in fp32, zeros where it has no element. Stores its scale or scales."""
+    if SCALE_BLOCK:
+        return quantize_blocks(y, scale_ptr + row * tl.cdiv(D, SCALE_BLOCK), D, LARGEST, SCALE_BLOCK)
+    else:
+        scale = row_scale(tl.max(tl.abs(y), axis=0), LARGEST)
+        tl.store(scale_ptr + row, scale)
+        return to_code(y, scale, INTEGER)
 
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, q_ptr, scale_ptr, x_stride, D, LARGEST: tl.constexpr, INTEGER: tl.constexpr, BLOCK_D: tl.constexpr
+    x_ptr, q_ptr, scale_ptr, x_stride, D,
+    FIXED_SCALE: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + row * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
-    codes, scale = quantize_row(x, LARGEST, INTEGER)
+    if FIXED_SCALE:
+        codes = to_code(x, tl.load(scale_ptr), INTEGER)
+        codes = tl.clamp(codes, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        codes = quantize_row(x, scale_ptr, row, D, LARGEST, INTEGER, SCALE_BLOCK)
     tl.store(q_ptr + row * D + d, codes.to(q_ptr.dtype.element_ty), mask=d < D)
-    tl.store(scale_ptr + row, scale)
 
 
-def quantize_rows(x: Tensor, format: Format, *, impl: launch.Impl = "auto") -> tuple[Tensor, Tensor]:
-    """Codes in the shape of x, contiguous, and a scale for every row, fp32 in the shape of x but the last dimension.
+def quantize_rows(
+    x: Tensor, format: Format, *, scale: Tensor | None = None, impl: launch.Impl = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Codes in the shape of x, contiguous, and fp32 scales: (...), of fp8_block (..., ceil(D / 128)), or `scale`.
 
     Args:
         x: (..., D), rows evenly apart, contiguous last dimension.
-        format: fp8 needs sm_89 or later.
+        format: fp8 and fp8_block need sm_89 or later.
+        scale: fp32 (1,), a calibrated scale of all rows; codes saturate. Not of fp8_block.
     Raises:
-        ValueError: a shape, dtype, stride or format that does not fit.
+        ValueError: a shape, dtype, device, stride or format that does not fit.
     """
     launch.check_float(x, x=x)
     launch.check_last_dim(x=x)
     check_format(format)
-    if not launch.runs_triton(impl, x):
-        return quantize_rows_reference(x, format)
-    require_fp8(format)
     D = x.shape[-1]
+    if scale is not None:
+        if format == "fp8_block":
+            raise ValueError("scale: expected none of format='fp8_block', whose blocks have their own")
+        launch.check_float(x, scale=scale)
+        launch.check_dtype(torch.float32, scale=scale)
+        launch.check_shape((1,), scale=scale)
+    if not launch.runs_triton(impl, x):
+        return quantize_rows_reference(x, format, scale=scale)
+    require_fp8(format)
     q = torch.empty(x.shape, dtype=DTYPES[format], device=x.device)
-    scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    scales = new_scales(x, D, format) if scale is None else scale
     with launch.on_device(x):
-        _quantize_kernel[(scale.numel(),)](
-            x, q, scale, launch.row_stride("x", x), D,
-            LARGEST=LARGEST[format], INTEGER=format == "int8", BLOCK_D=triton.next_power_of_2(D),
-            enable_fp_fusion=True, **launch.tile("quantize_rows", width=D),
+        _quantize_kernel[(x.numel() // D,)](
+            x, q, scales, launch.row_stride("x", x), D,
+            FIXED_SCALE=scale is not None, **constants(format),
+            BLOCK_D=triton.next_power_of_2(D), enable_fp_fusion=True, **launch.tile("quantize_rows", width=D),
         )  # fmt: skip
-    return q, scale
+    return q, scales
+
+
+def new_scales(x: Tensor, D: int, format: Format) -> Tensor:
+    """Where a kernel stores the scales of rows of D codes, as many as x has rows."""
+    blocks = (-(-D // SCALE_BLOCK),) if format == "fp8_block" else ()
+    return x.new_empty((*x.shape[:-1], *blocks), dtype=torch.float32)
+
+
+def constants(format: Format | None) -> dict[str, Any]:
+    """Constexprs of a kernel that quantises with `quantize_row`, if a format is asked for."""
+    return {
+        "LARGEST": LARGEST[format] if format else 0.0,
+        "INTEGER": format == "int8",
+        "SCALE_BLOCK": SCALE_BLOCK if format == "fp8_block" else 0,
+    }
 
 
 def check_format(format: str | None) -> None:
     """Raises ValueError for a format that does not exist; None, no quantisation, is fine."""
     if format is not None and format not in DTYPES:
-        raise ValueError(f"format={format!r}: expected {' or '.join(DTYPES)}")
+        raise ValueError(f"format={format!r}: expected {', '.join(DTYPES)}")
 
 
 def require_fp8(format: str | None) -> None:
     """Raises launch.Unsupported where Triton has no fp8."""
-    if format == "fp8" and launch.architecture() == "sm_80":
-        raise launch.Unsupported("format='fp8': needs a GPU of sm_89 or later")
+    if format in ("fp8", "fp8_block") and launch.architecture() == "sm_80":
+        raise launch.Unsupported(f"format={format!r}: needs a GPU of sm_89 or later")
 
 
-def quantize_rows_reference(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+def quantize_rows_reference(x: Tensor, format: Format, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     x = launch.widen(x)
+    D = x.shape[-1]
+    if scale is not None:
+        return _codes(x / scale, format).clamp_(-LARGEST[format], LARGEST[format]).to(DTYPES[format]), scale
+    if format == "fp8_block":
+        x = F.pad(x, (0, -D % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK))
     amax = x.abs().amax(-1, keepdim=True)
-    scale = torch.where(amax > 0, amax / LARGEST[format], 1.0)
-    codes = x / scale
-    if format == "int8":
-        codes = codes.round_()
-    return codes.to(DTYPES[format]), scale.squeeze(-1).float()
+    scales = torch.where(amax > 0, amax / LARGEST[format], 1.0)
+    codes = _codes(x / scales, format).to(DTYPES[format])
+    if format == "fp8_block":
+        codes = codes.flatten(-2)[..., :D].contiguous()
+    return codes, scales.squeeze(-1).float()
 
 
-def eager_quantize_rows(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
+def _codes(x: Tensor, format: Format) -> Tensor:
+    return x.round_() if format == "int8" else x
+
+
+def eager_quantize_rows(x: Tensor, format: Format, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """As quantised checkpoints are run without a fused kernel."""
-    amax = x.abs().amax(-1, keepdim=True).float()
-    scale = torch.where(amax > 0, amax / LARGEST[format], 1.0)
+    D, fixed = x.shape[-1], scale
+    if format == "fp8_block":
+        x = F.pad(x, (0, -D % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK))
+    if scale is None:
+        amax = x.abs().amax(-1, keepdim=True).float()
+        scale = torch.where(amax > 0, amax / LARGEST[format], 1.0)
     codes = x.float() / scale
     codes = codes.round() if format == "int8" else codes
-    return codes.clamp(-LARGEST[format], LARGEST[format]).to(DTYPES[format]), scale.squeeze(-1)
+    codes = codes.clamp(-LARGEST[format], LARGEST[format]).to(DTYPES[format])
+    if format == "fp8_block":
+        codes = codes.flatten(-2)[..., :D]
+    return codes, scale.squeeze(-1) if fixed is None else fixed
 
 
-def _inputs(device: str, dtype: torch.dtype, R: int, D: int, format: Format, zeros: bool = False) -> Inputs:
+def _inputs(
+    device: str, dtype: torch.dtype, R: int, D: int, format: Format, zeros: bool = False, fixed: bool = False
+) -> Inputs:
     x_RD = noise((R, D), dtype, device) * 3
     if zeros:
         x_RD[0] = 0
-    return {"x": inside(poisoned((R, 2 * D), dtype, device), x_RD, slice(D, 2 * D)), "format": format}
+    return {
+        "x": inside(poisoned((R, 2 * D), dtype, device), x_RD, slice(D, 2 * D)),
+        "format": format,
+        # two standard deviations: a part of the codes saturates
+        "scale": torch.full((1,), 6 / LARGEST[format], device=device) if fixed else None,
+    }
+
+
+def _bytes(i: Inputs) -> int:
+    D = i["x"].shape[-1]
+    R = i["x"].numel() // D
+    scales = -(-D // SCALE_BLOCK) if i["format"] == "fp8_block" else 1
+    return i["x"].nbytes + R * D + (4 if i["scale"] is not None else 4 * R * scales)
 
 
 OP = Op(
     name="quantize_rows",
-    formula="x / s, s = max |x| / 448 in fp8, / 127 in int8",
+    formula="x / s, s = max |x| / 448 in fp8, / 127 in int8, of rows or of 128 columns of them",
     replaces="abs, amax, div, div, round, clamp, to",
     launch=quantize_rows,
     reference=quantize_rows_reference,
@@ -135,13 +212,20 @@ OP = Op(
         {"R": 1, "D": 64, "format": "int8"},
         {"R": 3, "D": 33, "format": "int8", "zeros": True},
         {"R": 5, "D": 96, "format": "fp8", "zeros": True},
+        {"R": 3, "D": 300, "format": "fp8_block", "zeros": True},
+        {"R": 2, "D": 50, "format": "fp8_block"},
+        {"R": 4, "D": 72, "format": "int8", "fixed": True},
+        {"R": 4, "D": 72, "format": "fp8", "fixed": True},
     ),
     production=(
         {"R": 4608, "D": 3072, "format": "fp8"},
         {"R": 4608, "D": 3072, "format": "int8"},
         {"R": 8192, "D": 5120, "format": "int8"},
         {"R": 512, "D": 1024, "format": "int8"},
+        {"R": 4608, "D": 15360, "format": "fp8"},
+        {"R": 4608, "D": 15360, "format": "fp8_block"},
+        {"R": 4608, "D": 3072, "format": "int8", "fixed": True},
     ),
     cpu=({"R": 1024, "D": 768, "format": "int8"},),
-    bytes=lambda i: i["x"].nbytes + i["x"].numel() + 4 * (i["x"].numel() // i["x"].shape[-1]),
+    bytes=_bytes,
 )

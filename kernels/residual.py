@@ -217,6 +217,7 @@ RESIDUAL_NORM = Op(
         {"B": 2, "L": 3, "D": 96, "kind": "rms", "groups": "token", "tanh_gate": True, "sandwich": True},
         {"B": 1, "L": 3, "D": 40, "kind": "layer", "affine": True},
         {"B": 1, "L": 3, "D": 48, "kind": "layer", "groups": "sample", "quantize": "int8"},
+        {"B": 1, "L": 2, "D": 136, "kind": "rms", "groups": "sample", "quantize": "fp8_block"},
     ),
     production=(
         {"B": 1, "L": 512, "D": 1024, "kind": "layer", "groups": "sample"},

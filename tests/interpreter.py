@@ -2,8 +2,9 @@
 
 Unrepaired (seen on Triton 3.6 and 3.9) it answers wrongly without a word: fp32 -> bf16 truncates instead of rounding to
 nearest even, `tl.dot` multiplies bit patterns, and so does arithmetic on bf16 values; fp32 -> fp8 neither carries into
-the exponent nor saturates as a GPU does. Conversions and products are repaired here. Arithmetic on bf16 is refused
-instead: our kernels widen to fp32 first, on a GPU too. One more repair is for Triton 3.6 beside NumPy 2.4: loop bounds.
+the exponent nor saturates as a GPU does; `tl.dot_scaled` takes scales in e4m3 for exponents, where there is one (3.9).
+Conversions and products are repaired here. Arithmetic on bf16 is refused instead: our kernels widen to fp32 first, on a
+GPU too. One more repair is for Triton 3.6 beside NumPy 2.4: loop bounds.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ def repaired_interpreter() -> Iterator[None]:
         mock.patch.object(builder, "cast_impl", _convert(builder.cast_impl)),
         mock.patch.object(builder, "create_fp_to_fp", _convert(builder.create_fp_to_fp)),
         mock.patch.object(builder, "create_dot", _widen_operands(builder.create_dot)),
+        mock.patch.object(builder, "create_dot_scaled", _dot_scaled, create=True),
         mock.patch.object(builder, "binary_op", _refuse_bf16(builder.binary_op)),
         mock.patch.object(builder, "unary_op", _refuse_bf16(builder.unary_op)),
         mock.patch.object(builder, "create_fma", _refuse_bf16(builder.create_fma)),
@@ -65,6 +67,29 @@ def _widen_operands(original: Callable[..., TensorHandle]) -> Callable[..., Tens
         return original(self, a, b, acc, *options)
 
     return dot
+
+
+def _dot_scaled(
+    self: Any, a: TensorHandle, a_scale: TensorHandle, a_format: object, b: TensorHandle, b_scale: TensorHandle,
+    b_format: object, fast_math: bool, a_packed: bool, b_packed: bool, acc: TensorHandle,
+) -> TensorHandle:  # fmt: skip
+    """Of codes in e4m3 or e2m1, packed along the columns of both."""
+    product = _scaled(a.data, a_scale) @ _scaled(b.data.T, b_scale).T
+    return TensorHandle(product + acc.data, tl.float32)
+
+
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=np.float32)
+
+
+def _scaled(codes: np.ndarray, scale: TensorHandle) -> np.ndarray:
+    nvfp4 = scale.dtype.scalar == tl.float8e4nv
+    bits = torch.from_numpy(scale.data).view(torch.float8_e4m3fn if nvfp4 else torch.float8_e8m0fnu)
+    if nvfp4:
+        values = E2M1[np.stack((codes & 0xF, codes >> 4), axis=-1)].reshape(len(codes), -1)
+    else:
+        values = torch.from_numpy(np.ascontiguousarray(codes)).view(torch.float8_e4m3fn).float().numpy()
+    result: np.ndarray = values * bits.float().numpy().repeat(values.shape[1] // bits.shape[1], axis=1)
+    return result
 
 
 def _refuse_bf16(original: Callable[..., TensorHandle]) -> Callable[..., TensorHandle]:

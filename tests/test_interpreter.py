@@ -36,6 +36,16 @@ def _add_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, x + x)
 
 
+@triton.jit
+def _dot_scaled_kernel(codes_ptr, scale_ptr, y_ptr, BLOCK: tl.constexpr, BYTES: tl.constexpr):
+    """Of codes in e2m1 with one e4m3 scale for 16 of a row."""
+    row = tl.arange(0, BLOCK)[:, None]
+    codes = tl.load(codes_ptr + row * BYTES + tl.arange(0, BYTES)[None, :])
+    scale = tl.load(scale_ptr + row * (BYTES // 8) + tl.arange(0, BYTES // 8)[None, :])
+    y = tl.dot_scaled(codes, scale, "e2m1", codes.T, scale, "e2m1")
+    tl.store(y_ptr + row * BLOCK + tl.arange(0, BLOCK)[None, :], y)
+
+
 def rounds_to_bf16() -> bool:
     x, y = torch.randn(256), torch.empty(256, dtype=torch.bfloat16)
     _convert_kernel[(1,)](x, y, BLOCK=256)
@@ -46,6 +56,13 @@ def multiplies_bf16() -> bool:
     x, y = torch.randn(16, 16).bfloat16(), torch.empty(16, 16)
     _dot_kernel[(1,)](x, y, BLOCK=16)
     return rel_l2(y, x.double() @ x.double()) < 1e-6
+
+
+def multiplies_blocks() -> bool:
+    codes, scales = torch.full((16, 16), 0x2A, dtype=torch.uint8), torch.full((16, 2), 0.375)  # -1 and 1
+    y = torch.empty(16, 16)
+    _dot_scaled_kernel[(1,)](codes, scales.to(torch.float8_e4m3fn), y, BLOCK=16, BYTES=16)
+    return bool((y == 32 * 0.375**2).all())
 
 
 def converts_fp8(dtype: torch.dtype) -> bool:
@@ -70,7 +87,7 @@ def e5m2() -> bool:
     return converts_fp8(torch.float8_e5m2)
 
 
-@pytest.mark.parametrize("right", [rounds_to_bf16, multiplies_bf16, e4m3, e5m2])
+@pytest.mark.parametrize("right", [rounds_to_bf16, multiplies_bf16, multiplies_blocks, e4m3, e5m2])
 def test_the_repair_is_needed_and_repairs(right: Callable[[], bool]) -> None:
     assert not right(), "Triton's interpreter is right by itself now: this repair can go"
     with repaired_interpreter():

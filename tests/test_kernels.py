@@ -42,7 +42,11 @@ def test_kernel_reference_and_eager_sequence_agree(op: Any) -> None:
     """In fp32: what the benchmark times side by side is the same thing."""
     for size in op.tiny:
         inputs = [op.inputs(DEVICE, op.dtypes[0], **size) for _ in range(3)]
-        ours, reference = op.run(inputs[0], "triton"), op.run(inputs[1], "torch")
+        try:
+            ours = op.run(inputs[0], "triton")
+        except launch.Unsupported:  # by this GPU
+            continue
+        reference = op.run(inputs[1], "torch")
         eager = op.collect(op.eager(**inputs[2]), inputs[2])
         for a, b in zip(ours, reference, strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape

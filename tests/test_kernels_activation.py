@@ -71,7 +71,7 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: activation(x3, "swiglu", out=x3), r"out: shape \(2, 3, 32\), expected \(2, 3, 16\)"),
     (lambda: activation(x3, "silu", out=x3.half()), "out: dtype float16, expected float32"),
     (lambda: activation(x3, "silu", quantize="int8", out=x3), "out: dtype float32, expected int8"),
-    (lambda: activation(x3, "silu", quantize="int4"), "format='int4': expected fp8 or int8"),  # type: ignore[arg-type]
+    (lambda: activation(x3, "silu", quantize="int4"), "format='int4': expected fp8, fp8_block, int8"),  # type: ignore[arg-type]
     (lambda: activation(torch.zeros(2, 5, 32)[:, :3], "silu"), "x: strides .* expected rows evenly apart"),
     (lambda: activation(x3.int(), "silu"), "x: dtype int32"),
 ]  # fmt: skip

@@ -29,12 +29,17 @@ def by_row(vectors_GD: Tensor, group: Tensor | None, x: Tensor) -> Tensor:
     return vectors_GD[index].view(x.shape)
 
 
-def quantize_formula(x: Tensor, format: str) -> tuple[Tensor, Tensor]:
-    largest = {"fp8": 448, "int8": 127}[format]
-    amax = x.abs().amax(-1)
-    scale = torch.where(amax == 0, 1.0, amax / largest)
-    codes = x / scale[..., None]
-    return (torch.round(codes) if format == "int8" else codes.to(torch.float8_e4m3fn).double()), scale
+def quantize_formula(x: Tensor, format: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    largest = {"fp8": 448, "fp8_block": 448, "int8": 127}[format]
+    width = 128 if format == "fp8_block" else x.shape[-1]
+    codes, scales = torch.empty_like(x), []
+    for columns, of in zip(x.split(width, dim=-1), codes.split(width, dim=-1), strict=True):
+        amax = columns.abs().amax(-1)
+        s = torch.where(amax == 0, 1.0, amax / largest) if scale is None else scale
+        of.copy_((columns / s[..., None]).clamp(-largest, largest))
+        scales.append(s)
+    codes = torch.round(codes) if format == "int8" else codes.to(torch.float8_e4m3fn).double()
+    return codes, torch.stack(scales, dim=-1) if format == "fp8_block" else scales[0]
 
 
 def norm_formula(
@@ -148,10 +153,22 @@ def test_fp8_is_refused_where_there_is_none(monkeypatch: pytest.MonkeyPatch) -> 
     x = torch.randn(2, 32, device=DEVICE)
     for call in (
         lambda: quantize_rows(x, "fp8", impl="triton"),
-        lambda: norm(x, kind="rms", quantize="fp8", impl="triton"),
+        lambda: norm(x, kind="rms", quantize="fp8_block", impl="triton"),
     ):
-        with pytest.raises(launch.Unsupported, match="format='fp8': needs a GPU of sm_89 or later"):
+        with pytest.raises(launch.Unsupported, match="format='fp8(_block)?': needs a GPU of sm_89 or later"):
             call()
+
+
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_a_fixed_scale_saturates_and_is_returned(impl: Any) -> None:
+    """What is not a number stays none, where a format has a code for it."""
+    x = torch.tensor([[1.0, -9.0, 3.0, 2.0], [0.4, 9.0, -4.0, float("nan")]], device=DEVICE)
+    scale = torch.full((1,), 0.01, device=DEVICE)
+    codes, same = quantize_rows(x[:, :3], "int8", scale=scale, impl=impl)
+    assert same is scale and codes.tolist() == [[100, -127, 127], [40, 127, -127]]
+    codes, same = quantize_rows(x, "fp8", scale=scale, impl=impl)
+    assert same is scale and torch.equal(codes.float().isnan(), x.isnan())
+    assert codes[:, :3].tolist() == [[96.0, -448.0, 288.0], [40.0, 448.0, -384.0]]  # ties to even
 
 
 x3, x2, v, w = torch.zeros(2, 3, 32), torch.zeros(6, 32), torch.zeros(2, 32), torch.zeros(32)
@@ -169,13 +186,16 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: norm(x3, kind="rms", scale=v[:0]), "scale: 0 groups, expected a divisor of the 6 rows of x"),
     (lambda: norm(x3, kind="rms", scale=v, group=index[:3]), r"group: shape \(3,\), expected \(6,\)"),
     (lambda: norm(x3, kind="rms", scale=v, group=index.long()), "group: dtype int64, expected int32"),
-    (lambda: norm(x3, kind="rms", quantize="int4"), "format='int4': expected fp8 or int8"),  # type: ignore[arg-type]
+    (lambda: norm(x3, kind="rms", quantize="int4"), "format='int4': expected fp8, fp8_block, int8"),  # type: ignore[arg-type]
     (lambda: residual_norm(x3, x3[:, :2], kind="rms"), r"branch: shape \(2, 2, 32\), expected \(2, 3, 32\)"),
     (lambda: residual_norm(x3, x3.half(), kind="rms"), "branch: dtype float16, expected float32"),
     (lambda: gate_residual(x2, x2, v, out=x2.half()), "out: dtype float16, expected float32"),
     (lambda: gate_residual(x2, x2, v[:, :8]), r"gate: shape \(2, 8\), expected \(2, 32\)"),
-    (lambda: quantize_rows(x3, "int4"), "format='int4': expected fp8 or int8"),  # type: ignore[arg-type]
+    (lambda: quantize_rows(x3, "int4"), "format='int4': expected fp8, fp8_block, int8"),  # type: ignore[arg-type]
     (lambda: quantize_rows(x3.mT.contiguous().mT, "int8"), "x: last dimension has stride 3"),
+    (lambda: quantize_rows(x3, "fp8_block", scale=w[:1]), "scale: expected none of format='fp8_block'"),
+    (lambda: quantize_rows(x3, "fp8", scale=w), r"scale: shape \(32,\), expected \(1,\)"),
+    (lambda: quantize_rows(x3, "fp8", scale=w[:1].half()), "scale: dtype float16, expected float32"),
 ]  # fmt: skip
 
 
