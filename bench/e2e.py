@@ -22,9 +22,10 @@ import torch
 from sgl_diffusion.bench.checkpoints import write_denoiser_checkpoint
 from sgl_diffusion.bench.launches import spellings
 from sgl_diffusion.bench.plot import Bar, bars
-from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, nearest, parse
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import RunFailure, UserError
+from sgl_diffusion.runtime.option import nearest, parse
 from sgl_diffusion.runtime.pipeline import NativePipeline
 from sgl_diffusion.runtime.report import MIB, Accounting, Report, StageTime, commit_hash, versions
 from sgl_diffusion.runtime.request import resolve_request, spelled_out

@@ -31,8 +31,8 @@ from sgl_diffusion.kernels.launch import Impl
 from sgl_diffusion.models.catalog import FAMILIES
 from sgl_diffusion.models.family import SETTINGS, Family, Guidance, Predictor, Preset, Size
 from sgl_diffusion.runtime.accounting import FREE
-from sgl_diffusion.runtime.args import nearest
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.option import nearest
 
 TIMESTEPS = (1000.0, 500.0)
 

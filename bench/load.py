@@ -24,9 +24,10 @@ from torch import nn
 
 from sgl_diffusion.bench.checkpoints import write_denoiser_checkpoint
 from sgl_diffusion.bench.e2e import RANDOM
-from sgl_diffusion.runtime.args import ServerArgs, parse
+from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.option import parse
 from sgl_diffusion.runtime.pipeline import NativePipeline
 from sgl_diffusion.runtime.report import commit_hash, versions
 

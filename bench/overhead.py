@@ -16,9 +16,10 @@ import httpx
 import torch
 
 from sgl_diffusion.bench.traffic import Amount, Target, closed_loop, spread
-from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, parse
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import RunFailure
+from sgl_diffusion.runtime.option import parse
 
 BUSY_CLIENTS = 4  # so that the engine always has a next one
 BETWEEN_GETS_S = 0.01

@@ -15,24 +15,17 @@ import yaml
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from sgl_diffusion.runtime.args import (
-    Options,
-    SamplingParams,
-    ServerArgs,
-    aliases,
-    canonical_names,
-    groups,
-    nearest,
-    unset,
-    value_type,
-)
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, canonical_names
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.option import Options, aliases, groups, nearest, unset, value_type
 
 COMPONENT_PATH = re.compile(r"--([a-z][a-z0-9-]*)-path")
 DOTTED = re.compile(r"--([a-z][a-z0-9-]*)\.([A-Za-z0-9_.-]+)")
 KWARGS = "diffusers_kwargs"
 ATTENTION_CONFIG = "attention_backend_config"
-MAPS = ("component_paths", "component_attention_backends", ATTENTION_CONFIG, "vae_config", KWARGS)
+MAPS = (
+    "component_paths", "component_attention_backends", "component_quantizations", ATTENTION_CONFIG, "vae_config", KWARGS
+)  # fmt: skip
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 Models = Sequence[type[Options]]
 REQUEST: Models = (ServerArgs, SamplingParams)

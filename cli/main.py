@@ -8,13 +8,14 @@ from collections.abc import Sequence
 from importlib import import_module
 
 from sgl_diffusion.cli.flags import Parser
-from sgl_diffusion.runtime.args import nearest
 from sgl_diffusion.runtime.errors import RunFailure, UserError
+from sgl_diffusion.runtime.option import nearest
 
 COMMANDS = {
     "generate": "draw pictures or videos from a prompt",
     "serve": "draw for whoever asks over HTTP, in the words of the OpenAI API",
-    "verify": "compare the native pipeline with diffusers on a checkpoint, stage by stage",
+    "verify": "compare the native pipeline with diffusers, stage by stage, or quantised layers with those in full",
+    "quantize": "write a checkpoint whose denoisers are quantised",
     "prewarm": "compile what a model's requests need, before there are any",
     "perf": "show and compare reports of runs",
     "plan": "predict the memory of a request, before anything is loaded",

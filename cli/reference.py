@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 from sgl_diffusion.cli.flags import default_text, flag, literal_values
-from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, VaeConfig, aliases, groups, value_type
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, VaeConfig
+from sgl_diffusion.runtime.option import aliases, groups, value_type
 from sgl_diffusion.server.args import ServeArgs
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "cli.md"

@@ -6,8 +6,9 @@ import argparse
 
 from sgl_diffusion.cli.flags import add_flags, parse_command_line
 from sgl_diffusion.cli.generate import set_up_logging
-from sgl_diffusion.runtime.args import ServerArgs, parse
+from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.option import parse
 from sgl_diffusion.server.args import ServeArgs
 
 MODELS = (ServerArgs, ServeArgs)

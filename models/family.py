@@ -119,6 +119,20 @@ def inputs(*parts: int) -> Spread:
 
 
 @dataclass(frozen=True)
+class OriginalNames:
+    """What the authors of a denoiser call the weights that diffusers renames; its class has it as `original_names`.
+
+    Attributes:
+        names: theirs -> diffusers', of layers or of whole tensors. "{}" stands for the number of a block. What
+            diffusers keeps in several layers has their names and their shares of the rows.
+        swapped: diffusers' names of layers whose halves of rows are the other way round.
+    """
+
+    names: Mapping[str, str | Mapping[str, int]]
+    swapped: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
 class Predictor:
     """A denoiser made ready for a request: `predictor(x, step) -> velocity`, both in the shape of the state x.
 

@@ -26,6 +26,7 @@ from sgl_diffusion.models.family import (
     Defaults,
     Execute,
     Guidance,
+    OriginalNames,
     Phase,
     Predictor,
     Preset,
@@ -103,8 +104,9 @@ class DoubleBlock(nn.Module):
 
     def forward(self, stream: Residual, rows: Rows, modulation_6GD: Tensor, rotary: Rotary) -> None:
         shift, scale, gate, shift2, scale2, gate2 = modulation_6GD
-        stream.add(self.attn(stream.norm(scale, shift, rows.group_R), rows, rotary), gate)
-        normed_RD = stream.norm(scale2, shift2, rows.group_R)
+        normed_RD = stream.norm(scale, shift, rows.group_R, into=self.attn.first)
+        stream.add(self.attn(normed_RD, rows, rotary), gate)
+        normed_RD = stream.norm(scale2, shift2, rows.group_R, into=(self.ff_context.up, self.ff.up))
         stream.add(rows.apply(self.ff_context, self.ff, normed_RD), gate2)
 
 
@@ -132,7 +134,8 @@ class SingleBlock(nn.Module):
 
     def forward(self, stream: Residual, modulation_3BD: Tensor, rows: Rows, rotary: Rotary) -> None:
         shift, scale, gate = modulation_3BD
-        normed_BLD, a = stream.norm(scale, shift), self.attn
+        a = self.attn
+        normed_BLD = stream.norm(scale, shift, into=(a.to_qkv_mlp,))
         B, L, _ = normed_BLD.shape
         D = a.to_qkv_mlp.out_features // (3 + MLP_RATIO)  # of the heads that are here
         mixed = normed_BLD.new_empty(B, L, (1 + MLP_RATIO) * D)
@@ -168,10 +171,50 @@ class TimeTextEmbedding(nn.Module):
         return torch.stack([embedding + self.text_embedder(pooled_1C) for pooled_1C in torch.split(pooled_BC, 1)])
 
 
+ORIGINAL_NAMES = OriginalNames(
+    {
+        "img_in": "x_embedder",
+        "txt_in": "context_embedder",
+        "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+        "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+        "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+        "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+        "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+        "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+        "double_blocks.{}.img_mod.lin": "transformer_blocks.{}.norm1.linear",
+        "double_blocks.{}.txt_mod.lin": "transformer_blocks.{}.norm1_context.linear",
+        "double_blocks.{}.img_attn.qkv": {f"transformer_blocks.{{}}.attn.to_{x}": 1 for x in "qkv"},
+        "double_blocks.{}.txt_attn.qkv": {f"transformer_blocks.{{}}.attn.add_{x}_proj": 1 for x in "qkv"},
+        "double_blocks.{}.img_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_q.weight",
+        "double_blocks.{}.img_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_k.weight",
+        "double_blocks.{}.txt_attn.norm.query_norm.scale": "transformer_blocks.{}.attn.norm_added_q.weight",
+        "double_blocks.{}.txt_attn.norm.key_norm.scale": "transformer_blocks.{}.attn.norm_added_k.weight",
+        "double_blocks.{}.img_attn.proj": "transformer_blocks.{}.attn.to_out.0",
+        "double_blocks.{}.txt_attn.proj": "transformer_blocks.{}.attn.to_add_out",
+        "double_blocks.{}.img_mlp.0": "transformer_blocks.{}.ff.net.0.proj",
+        "double_blocks.{}.img_mlp.2": "transformer_blocks.{}.ff.net.2",
+        "double_blocks.{}.txt_mlp.0": "transformer_blocks.{}.ff_context.net.0.proj",
+        "double_blocks.{}.txt_mlp.2": "transformer_blocks.{}.ff_context.net.2",
+        "single_blocks.{}.modulation.lin": "single_transformer_blocks.{}.norm.linear",
+        "single_blocks.{}.linear1": {
+            **{f"single_transformer_blocks.{{}}.attn.to_{x}": 1 for x in "qkv"},
+            "single_transformer_blocks.{}.proj_mlp": MLP_RATIO,
+        },
+        "single_blocks.{}.linear2": "single_transformer_blocks.{}.proj_out",
+        "single_blocks.{}.norm.query_norm.scale": "single_transformer_blocks.{}.attn.norm_q.weight",
+        "single_blocks.{}.norm.key_norm.scale": "single_transformer_blocks.{}.attn.norm_k.weight",
+        "final_layer.adaLN_modulation.1": "norm_out.linear",
+        "final_layer.linear": "proj_out",
+    },
+    swapped=frozenset({"norm_out.linear"}),  # there, shift before scale
+)
+
+
 class FluxTransformer(nn.Module):
     """`FluxTransformer2DModel`."""
 
     before_first_step = ("context_embedder", "time_text_embed", "modulation")
+    original_names = ORIGINAL_NAMES
 
     def __init__(self, config: FluxConfig, attention: AttentionFn, split: Split = ONE_RANK) -> None:
         super().__init__()

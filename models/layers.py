@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,10 +10,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sgl_diffusion.kernels.activation import activation
 from sgl_diffusion.kernels.gemm import gemm
 from sgl_diffusion.kernels.modulation import modulation
 from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
+from sgl_diffusion.kernels.quantize import Format
 from sgl_diffusion.kernels.residual import gate_residual, residual_norm
 from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, outputs
 
@@ -31,6 +33,61 @@ class Linear(nn.Linear):
         return gemm(x.contiguous(), self.weight, self.bias, **epilogue)
 
 
+# -- what a quantised layer reads ----------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Rows as 8-bit codes, by the pass that made them; where a model hands rows on, they stand for a tensor.
+
+    Attributes:
+        values: (..., D), see `kernels.quantize`.
+        scale: fp32 (...), or (..., D / 128).
+        dtype: of the numbers they stand for, and of what a layer makes of them.
+    """
+
+    values: Tensor
+    scale: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def __getitem__(self, rows: slice) -> Codes:
+        return Codes(self.values[rows], self.scale[rows], self.dtype)
+
+    def view(self, batch: int, tokens: int, width: int) -> Codes:
+        """Of rows (R, D), those of each sample."""
+        scale = self.scale.view(batch, tokens, *self.scale.shape[1:])
+        return Codes(self.values.view(batch, tokens, width), scale, self.dtype)
+
+    def new_empty(self, *shape: int) -> Tensor:
+        return self.values.new_empty(*shape, dtype=self.dtype)
+
+
+def read_by(*layers: nn.Module) -> Format | None:
+    """The 8-bit format in which all these layers read their input; None if one of them takes it as it is."""
+    formats = {getattr(layer, "reads", None) for layer in layers}
+    return formats.pop() if len(formats) == 1 else None
+
+
+def for_layers(result: Any, dtype: torch.dtype) -> Any:
+    """What a kernel returned that quantises if it is asked to: a tensor, or codes that stand for this dtype."""
+    if not isinstance(result, tuple):
+        return result
+    values, scale = result
+    return Codes(values, scale, dtype)
+
+
+def swiglu(x: Tensor, into: nn.Module) -> Any:
+    """silu(a) * b of the halves a and b of (..., 2 D), as the layer that follows reads it."""
+    return for_layers(activation(x, "swiglu", quantize=read_by(into)), x.dtype)
+
+
+# -- layers of many families ----------------------------------------------------------
+
+
 class Residual:
     """A residual stream (..., D), and a branch that is added where the next norm reads it: one pass instead of two.
 
@@ -45,12 +102,18 @@ class Residual:
         assert self.branch is None, "the last branch has not been added yet"
         self.branch, self.gate = branch, gate
 
-    def norm(self, scale: Tensor, shift: Tensor, group: Tensor | None = None) -> Tensor:
-        """Scale, shift and gate are (G, D), one for every group of rows; see `kernels.norm`."""
+    def norm(self, scale: Tensor, shift: Tensor, group: Tensor | None = None, *, into: Sequence[nn.Module] = ()) -> Any:
+        """Scale, shift and gate are (G, D), one for every group of rows; see `kernels.norm`.
+
+        Args:
+            into: the layers that read the result, which gets `Codes` where all of them do.
+        """
+        how: dict[str, Any] = {"kind": "layer", "scale": scale, "shift": shift, "group": group}
+        how["quantize"] = read_by(*into)
         if self.branch is None:
-            return norm(self.x, kind="layer", scale=scale, shift=shift, group=group)
+            return for_layers(norm(self.x, **how), self.x.dtype)
         branch, gate, self.branch, self.gate = self.branch, self.gate, None, None
-        return residual_norm(self.x, branch, gate, kind="layer", scale=scale, shift=shift, group=group)
+        return for_layers(residual_norm(self.x, branch, gate, **how), self.x.dtype)
 
     def total(self, group: Tensor | None = None) -> Tensor:
         """The stream with all its branches."""
@@ -140,9 +203,13 @@ class FeedForward(nn.Module):
         up, down = Linear(width, hidden), Linear(hidden, width)
         self.net = nn.ModuleList([nn.ModuleDict({"proj": up}), nn.Identity(), down])
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        up, down = cast(nn.ModuleDict, self.net[0]), self.net[2]
-        return cast(Tensor, down(up["proj"](x, gelu_from=0), out=out))
+    @property
+    def up(self) -> nn.Module:
+        """Its first layer."""
+        return cast(nn.ModuleDict, self.net[0])["proj"]
+
+    def forward(self, x: Tensor | Codes, out: Tensor | None = None) -> Tensor:
+        return cast(Tensor, self.net[2](self.up(x, gelu_from=0), out=out))
 
 
 # -- two streams of tokens that attend jointly --------------------------------------
@@ -203,8 +270,8 @@ class Rows:
         group_R = groups.flatten().repeat_interleave(tokens).to(device)
         return cls(batch, text, image, group_R, sequence.streams, sequence.replicated)
 
-    def split(self, x_RD: Tensor) -> tuple[Tensor, Tensor]:
-        """Views (B, T, D) and (B, I, D)."""
+    def split(self, x_RD: Any) -> tuple[Any, Any]:
+        """Views (B, T, D) and (B, I, D), of a tensor or of codes."""
         first = self.batch * self.text
         return x_RD[:first].view(self.batch, self.text, -1), x_RD[first:].view(self.batch, self.image, -1)
 
@@ -219,9 +286,9 @@ class Rows:
             return Residual(x)
         return Residual(x, self.split(stream.branch)[1][:, :tokens], stream.gate[1:2])
 
-    def apply(self, to_text: Callable[..., Tensor], to_image: Callable[..., Tensor], x_RD: Tensor) -> Tensor:
+    def apply(self, to_text: Callable[..., Tensor], to_image: Callable[..., Tensor], x_RD: Tensor | Codes) -> Tensor:
         """A layer for each stream, (..., D) -> (..., D), which write their rows of one result in place."""
-        (text, image), y_RD = self.split(x_RD), torch.empty_like(x_RD)
+        (text, image), y_RD = self.split(x_RD), x_RD.new_empty(*x_RD.shape)
         text_out, image_out = self.split(y_RD)
         to_text(text, out=text_out)
         to_image(image, out=image_out)
@@ -262,16 +329,21 @@ class JointAttention(nn.Module):
         self.to_out = nn.ModuleList([Linear(D, D, bias)])
         self.to_add_out = Linear(D, D, bias)
 
-    def forward(self, x_RD: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
-        mixed_BLD, y_RD = self.mix(*rows.split(x_RD), rows, rotary), torch.empty_like(x_RD)
+    @property
+    def first(self) -> tuple[nn.Module, ...]:
+        """The layers that read its input."""
+        return self.to_qkv, self.add_qkv_proj
+
+    def forward(self, x_RD: Tensor | Codes, rows: Rows, rotary: Rotary) -> Tensor:
+        mixed_BLD, y_RD = self.mix(*rows.split(x_RD), rows, rotary), x_RD.new_empty(*x_RD.shape)
         text_out, image_out = rows.split(y_RD)
         self.to_add_out(mixed_BLD[:, : rows.text], out=text_out)
         self.to_out[0](mixed_BLD[:, rows.text :], out=image_out)
         return y_RD
 
-    def mix(self, text_BTD: Tensor, image_BID: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
+    def mix(self, text_BTD: Tensor | Codes, image_BID: Tensor | Codes, rows: Rows, rotary: Rotary) -> Tensor:
         """(B, L, D). Both streams write their rows of one Q, K and V, so nothing is concatenated."""
-        B, L = len(text_BTD), text_BTD.shape[1] + image_BID.shape[1]
+        B, L = text_BTD.shape[0], text_BTD.shape[1] + image_BID.shape[1]
         text_qkv = self.add_qkv_proj(text_BTD).unflatten(-1, (3, -1, self.head_dim))
         image_qkv = self.to_qkv(image_BID).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = image_qkv.new_empty(3, B, L, *image_qkv.shape[-2:])

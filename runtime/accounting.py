@@ -49,8 +49,12 @@ FREE = frozenset(
 )
 GATHERS = frozenset(("embedding", "index", "index_select", "gather"))  # read as much as they write, not a whole table
 CLASSES = {
-    "gemm": ("gemm", "modulation", "mm", "addmm", "bmm", "baddbmm"),
-    "attention": ("attention", "scaled_dot_product_attention"),
+    "gemm": (
+        "gemm", "gemm_w4", "gemm_w8", "gemm_mx", "quantize_low_rank", "modulation", "mm", "addmm", "bmm", "baddbmm",
+    ),
+    "gemm_fp8": ("gemm_fp8",),
+    "gemm_int8": ("gemm_int8",),
+    "attention": ("attention", "attention_int8", "attention_fp8", "scaled_dot_product_attention"),
     "conv": ("convolution",),
     "other": (
         "patchify", "unpatchify", "upsample_nearest", "causal_pad", "cat", "stack", "copy_", "clone", "_to_copy",
@@ -60,6 +64,10 @@ CLASSES = {
 }  # fmt: skip
 CLASS_OF = {name: of for of, names in CLASSES.items() for name in names}
 ELEMENTWISE = "norm/elementwise"  # all other operations
+EIGHT_BIT = {
+    "gemm_fp8": torch.float8_e4m3fn,
+    "gemm_int8": torch.int8,
+}  # classes whose arithmetic has a limit of its own
 LOSSES_NAMED = 3
 COUNTING = threading.Lock()  # launchers are watched by replacing them in the modules that call them
 
@@ -227,7 +235,10 @@ class Accountant:
             torch.OutOfMemoryError: the device has no room for the measurement of its limits.
         """
         device = self.plan.device
-        return account(work, {s: {d: limits(device, d) for d in self.dtypes(s)} for s in work}, stages, total_ms)
+        dtypes = {
+            s: self.dtypes(s) | {EIGHT_BIT[of] for of in done.flops if of in EIGHT_BIT} for s, done in work.items()
+        }
+        return account(work, {s: {d: limits(device, d) for d in dtypes[s]} for s in work}, stages, total_ms)
 
     def work(self, job: Job) -> dict[str, Work]:
         """The work of each stage of a request."""
@@ -286,7 +297,8 @@ def account(
     """Every stage's time beside its bound.
 
     Args:
-        reached: the device's limits in each stage's dtypes; where it has several, the fastest bounds it.
+        reached: the device's limits in each stage's dtypes; where it has several, the fastest bounds it, but for
+            products of 8-bit codes, which their own bounds.
         stages: as they were measured; one may come several times, once for each batch.
     """
     measured: dict[str, float] = {}
@@ -296,7 +308,13 @@ def account(
     seen: dict[torch.dtype, Limits] = {}
     for name, of in work.items():
         seen |= reached[name]
-        arithmetic = sum(of.flops.values()) / max(limit.matmul_tflop_per_s for limit in reached[name].values()) / 1e9
+        wide = max(
+            limit.matmul_tflop_per_s for dtype, limit in reached[name].items() if dtype not in EIGHT_BIT.values()
+        )
+        arithmetic = sum(
+            flops / (reached[name][EIGHT_BIT[c]].matmul_tflop_per_s if c in EIGHT_BIT else wide) / 1e9
+            for c, flops in of.flops.items()
+        )
         traffic = sum(of.bytes.values()) / max(limit.copy_gb_per_s for limit in reached[name].values()) / 1e6
         accounts.append(
             StageAccount(
@@ -314,8 +332,12 @@ def account(
     return Accounting(
         limits=DeviceLimits(
             copy_gb_per_s=max(limit.copy_gb_per_s for limit in seen.values()),
-            matmul_tflop_per_s={dtype_name(dtype): limit.matmul_tflop_per_s for dtype, limit in seen.items()},
+            matmul_tflop_per_s={_name(dtype): limit.matmul_tflop_per_s for dtype, limit in seen.items()},
         ),
         stages=accounts,
         largest_losses=[Loss(where=where, ms=ms) for where, ms in largest if ms > 0],
     )
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.") if dtype in EIGHT_BIT.values() else dtype_name(dtype)

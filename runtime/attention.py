@@ -13,7 +13,7 @@ import inspect
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Protocol
 
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgl_diffusion.kernels.attention import MAX_HEAD_DIM, MIN_HEAD_DIM, attention
+from sgl_diffusion.kernels.attention_8bit import VALUES, Values, attention_fp8, attention_int8
 from sgl_diffusion.kernels.launch import architecture
 from sgl_diffusion.models.family import AttentionFn
 from sgl_diffusion.runtime.errors import UserError
@@ -36,6 +37,7 @@ class Case:
 
     Attributes:
         lse: each query's log-sum-exp is asked for as well, by which attentions over different keys become one.
+        settings: those of `attention_backend_config`, read.
     """
 
     device: torch.device
@@ -43,6 +45,7 @@ class Case:
     head_dim: int | None = None
     keys: int | None = None  # that every query attends to
     lse: bool = False
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
     def not_on_a_gpu(self) -> list[str]:
         return [] if self.device.type == "cuda" else [f"needs an NVIDIA GPU, the device is {self.device}"]
@@ -50,14 +53,22 @@ class Case:
     def not_half(self) -> list[str]:
         return [] if self.dtype in HALF else [f"runs in bf16 or fp16, not {str(self.dtype).removeprefix('torch.')}"]
 
+    def without_fp8(self) -> list[str]:
+        old = self.device.type == "cuda" and architecture() == "sm_80"
+        return ["fp8 needs a GPU of sm_89 or later"] if old else []
+
     def head_dim_outside(self, lowest: int, highest: int) -> list[str]:
         fits = self.head_dim is None or lowest <= self.head_dim <= highest
         return [] if fits else [f"head dim {self.head_dim} is outside of {lowest} to {highest}"]
 
 
+Setting = type[bool] | tuple[str, ...]
+"""What a setting may be: true or false, or one of some words."""
+
+
 class Backend(Protocol):
     name: str
-    settings: Mapping[str, type]
+    settings: Mapping[str, Setting]
     """What `attention_backend_config` may hold: keyword arguments of `run`."""
 
     def reasons(self, case: Case) -> list[str]:
@@ -77,7 +88,7 @@ class TorchSdpa:
     """`torch.nn.functional.scaled_dot_product_attention`, which chooses cuDNN, Flash or its own kernels."""
 
     name = "torch_sdpa"
-    settings: Mapping[str, type] = {}
+    settings: Mapping[str, Setting] = {}
 
     def reasons(self, case: Case) -> list[str]:
         return []
@@ -116,7 +127,7 @@ class Cudnn:
     """cuDNN's fused attention, through PyTorch."""
 
     name = "cudnn"
-    settings: Mapping[str, type] = {}
+    settings: Mapping[str, Setting] = {}
 
     def reasons(self, case: Case) -> list[str]:
         why = case.not_on_a_gpu() + case.not_half() + case.head_dim_outside(8, 128)
@@ -143,7 +154,7 @@ class Triton:
     """Our flash attention kernel."""
 
     name = "triton"
-    settings: Mapping[str, type] = {}
+    settings: Mapping[str, Setting] = {}
 
     def reasons(self, case: Case) -> list[str]:
         return case.not_on_a_gpu() + case.head_dim_outside(MIN_HEAD_DIM, MAX_HEAD_DIM)
@@ -156,11 +167,60 @@ class Triton:
         return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl="triton")
 
 
+class TritonInt8:
+    """Our attention with scores from products of int8 numbers, as SageAttention has them; not exact."""
+
+    name = "triton_int8"
+    settings: Mapping[str, Setting] = {"pv": VALUES, "smooth_k": bool}
+
+    def reasons(self, case: Case) -> list[str]:
+        why = case.not_on_a_gpu() + case.not_half() + case.head_dim_outside(MIN_HEAD_DIM, MAX_HEAD_DIM)
+        return why + (case.without_fp8() if case.settings.get("pv") == "fp8" else [])
+
+    def run(
+        self,
+        q_BLHK: Tensor,
+        k_BLHK: Tensor,
+        v_BLHK: Tensor,
+        *,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+        pv: Values = "half",
+        smooth_k: bool = True,
+    ) -> Result:
+        return attention_int8(
+            q_BLHK, k_BLHK, v_BLHK, out=out, pv=pv, smooth_k=smooth_k, return_lse=return_lse, impl="triton"
+        )
+
+
+class TritonFp8:
+    """Our attention with both products in fp8; not exact."""
+
+    name = "triton_fp8"
+    settings: Mapping[str, Setting] = {"smooth_k": bool}
+
+    def reasons(self, case: Case) -> list[str]:
+        why = case.not_on_a_gpu() + case.not_half() + case.head_dim_outside(MIN_HEAD_DIM, MAX_HEAD_DIM)
+        return why + case.without_fp8()
+
+    def run(
+        self,
+        q_BLHK: Tensor,
+        k_BLHK: Tensor,
+        v_BLHK: Tensor,
+        *,
+        out: Tensor | None = None,
+        return_lse: bool = False,
+        smooth_k: bool = True,
+    ) -> Result:
+        return attention_fp8(q_BLHK, k_BLHK, v_BLHK, out=out, smooth_k=smooth_k, return_lse=return_lse, impl="triton")
+
+
 class FlashAttention:
     """The `flash-attn` package (Dao 2023)."""
 
     name = "fa"
-    settings: Mapping[str, type] = {}
+    settings: Mapping[str, Setting] = {}
 
     def reasons(self, case: Case) -> list[str]:
         why = case.not_on_a_gpu() + case.not_half() + case.head_dim_outside(8, 256)
@@ -183,7 +243,7 @@ class SageAttention:
     """The `sageattention` package: products of 8-bit numbers, not exact (Zhang et al. 2024)."""
 
     name = "sage_attn"
-    settings: Mapping[str, type] = {"smooth_k": bool}
+    settings: Mapping[str, Setting] = {"smooth_k": bool}
 
     def reasons(self, case: Case) -> list[str]:
         why = case.not_on_a_gpu() + case.not_half() + case.head_dim_outside(8, 128)
@@ -216,9 +276,10 @@ class SageAttention:
 
 
 BACKENDS: Mapping[str, Backend] = {
-    b.name: b for b in (TorchSdpa(), Triton(), Cudnn(), FlashAttention(), SageAttention())
+    b.name: b for b in (TorchSdpa(), Triton(), TritonInt8(), TritonFp8(), Cudnn(), FlashAttention(), SageAttention())
 }
 EXACT = ("torch_sdpa", "triton", "cudnn", "fa")  # what `auto` may choose from
+OURS = ("triton", "triton_int8", "triton_fp8")
 
 
 def order_of(case: Case) -> Sequence[str]:
@@ -261,8 +322,9 @@ class Attention:
         self.component, self.requested = component, requested
         self.device, self.dtype = device, dtype
         self._chosen: dict[tuple[int, int, bool], Backend] = {}  # by head dim, keys and whether log-sum-exps are asked
-        backend = None if requested is None else pick(component, requested, Case(device, dtype))
-        self._settings = read_settings(backend, config or {})
+        self._settings = settings_of(component, requested, config or {})
+        if requested is not None:
+            pick(component, requested, Case(device, dtype, settings=self._settings))
 
     def __call__(
         self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
@@ -276,7 +338,8 @@ class Attention:
         shape = head_dim, keys, lse = q_BLHK.shape[-1], k_BLHK.shape[1], return_lse
         backend = self._chosen.get(shape)
         if backend is None:
-            backend = pick(self.component, self.requested, Case(self.device, self.dtype, head_dim, keys, lse))
+            case = Case(self.device, self.dtype, head_dim, keys, lse, self._settings)
+            backend = pick(self.component, self.requested, case)
             self._chosen[shape] = backend
         asked = {"return_lse": True} if return_lse else {}
         return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, **asked, **self._settings)
@@ -298,19 +361,29 @@ def _of_nothing(q_BLHK: Tensor, out: Tensor | None, return_lse: bool) -> Result:
     return (out, q_BLHK.new_full((B, H, L), -math.inf, dtype=torch.float32)) if return_lse else out
 
 
-def shape_only_attention(component: str, requested: str | None, device: torch.device) -> AttentionFn:
-    """Attention of tensors that are shapes alone and stand for this device's: our kernel where `Attention` would take
-    it, else PyTorch's. Calls raise as `Attention` does.
+def shape_only_attention(
+    component: str, requested: str | None, device: torch.device, config: Mapping[str, Any] | None = None
+) -> AttentionFn:
+    """Attention of tensors that are shapes alone and stand for this device's: our kernels where `Attention` would take
+    them, else PyTorch's. Calls raise as `Attention` does.
     """
 
     def attend(
         q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
     ) -> Any:
-        case = Case(device, q_BLHK.dtype, q_BLHK.shape[-1], k_BLHK.shape[1], return_lse)
-        ours = pick(component, requested, case).name == Triton.name
-        return BACKENDS["triton" if ours else "torch_sdpa"].run(q_BLHK, k_BLHK, v_BLHK, out=out, return_lse=return_lse)
+        settings = settings_of(component, requested, config or {})
+        case = Case(device, q_BLHK.dtype, q_BLHK.shape[-1], k_BLHK.shape[1], return_lse, settings)
+        backend = pick(component, requested, case)
+        if backend.name not in OURS:
+            return BACKENDS["torch_sdpa"].run(q_BLHK, k_BLHK, v_BLHK, out=out, return_lse=return_lse)
+        return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, return_lse=return_lse, **settings)
 
     return attend
+
+
+def settings_of(component: str, requested: str | None, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Raises UserError for an unknown backend, and as `read_settings`."""
+    return read_settings(None if requested is None else _named(component, requested), config)
 
 
 def read_settings(backend: Backend | None, config: Mapping[str, Any]) -> dict[str, Any]:
@@ -329,10 +402,13 @@ def read_settings(backend: Backend | None, config: Mapping[str, Any]) -> dict[st
             near = difflib.get_close_matches(name, backend.settings, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise UserError(f"attention_backend_config.{name}={value}: {backend.name} has {known}{hint}")
-        if backend.settings[name] is bool:
+        values = backend.settings[name]
+        if not isinstance(values, tuple):
             if value not in (True, False, "true", "false"):
                 raise UserError(f"attention_backend_config.{name}={value}: expected true or false")
             value = value in (True, "true")
+        elif value not in values:
+            raise UserError(f"attention_backend_config.{name}={value}: expected {' or '.join(values)}")
         settings[name] = value
     return settings
 
@@ -343,12 +419,17 @@ def pick(component: str, requested: str | None, case: Case) -> Backend:
     Raises:
         UserError: an unknown backend, or one that refuses, with its reasons.
     """
-    if requested is not None and requested not in BACKENDS:
-        raise UserError(f"attention backend {requested!r} of {component}: expected one of {', '.join(BACKENDS)}")
+    backends = [BACKENDS[name] for name in order_of(case)] if requested is None else [_named(component, requested)]
     refused = {}
-    for name in order_of(case) if requested is None else (requested,):
-        if not (why := BACKENDS[name].reasons(case)):
-            return BACKENDS[name]
-        refused[name] = "; ".join(why)
+    for backend in backends:
+        if not (why := backend.reasons(case)):
+            return backend
+        refused[backend.name] = "; ".join(why)
     reasons = ", ".join(f"{name}: {why}" for name, why in refused.items())
     raise UserError(f"no attention backend for {component}: {reasons}")
+
+
+def _named(component: str, name: str) -> Backend:
+    if name not in BACKENDS:
+        raise UserError(f"attention backend {name!r} of {component}: expected one of {', '.join(BACKENDS)}")
+    return BACKENDS[name]

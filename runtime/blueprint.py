@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from sgl_diffusion.runtime.parallel.rows import RankBands
 from sgl_diffusion.runtime.parallel.tensor import share_denoiser
 from sgl_diffusion.runtime.parallel.usp import Usp
 from sgl_diffusion.runtime.plan import Plan
+from sgl_diffusion.runtime.quantization.component import Quantization
 from sgl_diffusion.runtime.schedulers import DMD, Sampler, read_scheduler
 
 AT_WORK: Mapping[str, tuple[str, ...]] = {
@@ -41,6 +43,8 @@ class Blueprint:
     plan: Plan
     vae_options: Mapping[str, Any]
     mesh: Mesh = ONE  # of ranks that are not there, for plans
+    quantization: Mapping[str, Quantization] = field(default_factory=dict)  # by component
+    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)  # of weights outside of the component's folder
 
     @property
     def kinds(self) -> Mapping[str, str]:
@@ -52,7 +56,7 @@ class Blueprint:
         return ONE_RANK if self.mesh.sp.size == 1 else Usp.of(self.mesh, self.plan.sp_communication)
 
     def module(self, key: str, attention: AttentionFn) -> nn.Module:
-        """The native module of a component, of shapes alone ("meta") and in fp32.
+        """The native module of a component, of shapes alone ("meta"), in fp32 and not quantised.
 
         Raises:
             ConfigError: a config that is not understood, naming the component.
@@ -93,10 +97,15 @@ class Blueprint:
 
     def attention_on(self, device: torch.device) -> Callable[[str], AttentionFn]:
         """By component, the attention of shapes that stand for tensors on this device."""
-        return lambda key: shape_only_attention(key, self.plan.attention[key], device)
+        plan = self.plan
+        return lambda key: shape_only_attention(key, plan.attention[key], device, plan.attention_config.get(key))
 
     def shape_only_parts(self, attention_of: Callable[[str], AttentionFn]) -> dict[str, Any]:
-        """Denoisers, VAEs and encoders by component, of true size and dtype and without memory ("meta")."""
+        """Denoisers, VAEs and encoders by component, of true size and dtype and without memory ("meta").
+
+        Raises:
+            UserError: layers that cannot be quantised as asked, or are not those of the quantised checkpoint.
+        """
         parts: dict[str, Any] = {}
         planned = replace(self, mesh=Mesh.stand_in(self.mesh.layout))  # nothing is sent for shapes
         for key, kind in self.kinds.items():
@@ -111,6 +120,8 @@ class Blueprint:
                 parts[key] = read_processor(key, self.configs[key])
             elif kind == "processor":
                 parts[key] = self.processor(key)
+            if key in self.quantization:
+                self.quantization[key].shapes(parts[key])
         return parts
 
 

@@ -15,6 +15,7 @@ from sgl_diffusion.runtime.errors import UserError
 
 EMBEDDED = "embedded"
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+HUB_FILE = re.compile(r"\w[\w.-]*/\w[\w.-]*/\w[\w./-]*\.(safetensors|gguf)")
 CONFIG_NAMES = (
     "config.json",
     "scheduler_config.json",
@@ -134,6 +135,43 @@ def _resolve(field_name: str, path: str, revision: str | None, pickles: bool = F
     if os.environ.get("SGLANG_USE_MODELSCOPE", "").lower() in ("1", "true"):
         return _from_modelscope(field_name, path, revision)
     return _from_hub(field_name, path, revision, pickles)
+
+
+def other_weights(path: str) -> list[Path]:
+    """The files of `transformer_weights_path`: one, those of a folder, those of a repository, or one in a repository.
+
+    Raises:
+        UserError: there is no such file, or nothing in such a folder.
+    """
+    local = Path(path).expanduser()
+    if local.is_file():
+        return [local]
+    if local.is_dir() or HUB_ID.fullmatch(path):
+        folder = local if local.is_dir() else _resolve("transformer_weights_path", path, None)
+        files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
+        if not files:
+            raise UserError(f"transformer_weights_path={path}: no .safetensors or .gguf file in it")
+        return files
+    if HUB_FILE.fullmatch(path):
+        return [_file_from_hub(path)]
+    raise UserError(
+        f"transformer_weights_path={path}: no such file or folder, and not a hub id (org/name) or a file in one "
+        "(org/name/file.safetensors)"
+    )
+
+
+def _file_from_hub(path: str) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    organisation, name, file = path.split("/", 2)
+    try:
+        return Path(hf_hub_download(f"{organisation}/{name}", file))
+    except LocalEntryNotFoundError as e:
+        why = "not in the local cache and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+        raise UserError(f"transformer_weights_path={path}: {why}") from e
+    except (HfHubHTTPError, OSError) as e:
+        raise UserError(f"transformer_weights_path={path}: cannot be fetched: {str(e).splitlines()[0]}") from e
 
 
 def _from_hub(field_name: str, repo: str, revision: str | None, pickles: bool) -> Path:

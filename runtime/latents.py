@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sgl_diffusion.runtime.args import OutputOptions, SamplingParams, ServerArgs, parse
+from sgl_diffusion.runtime.args import OutputOptions, SamplingParams, ServerArgs
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.files import whole
+from sgl_diffusion.runtime.option import parse
 from sgl_diffusion.runtime.output import METADATA_KEY
 from sgl_diffusion.runtime.request import Request
 

@@ -90,7 +90,8 @@ class MemoryPlanner:
         for key, w in self.weights.items():
             from_files = self.args.load_format != "dummy" and self.blueprint.kinds[key] not in ENCODERS
             module, dtype = self.rehearsal.parts[key], self.plan.dtypes[key]
-            if w.host and from_files and not fits_host_memory(module, dtype, taken):
+            whole = key in self.blueprint.quantization or fits_host_memory(module, dtype, taken)
+            if w.host and from_files and not whole:
                 mapped.append(key)
             else:
                 taken += w.host

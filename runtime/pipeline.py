@@ -144,7 +144,7 @@ class NativePipeline:
         self.last_run: tuple[Workload, bool] | None = None  # and whether it was decoded in tiles
         self.sampler = blueprint.sampler()
         loaded = load_parts(blueprint, folders, args)
-        self.parts, self.loaded = loaded.parts, loaded.reports
+        self.parts, self.loaded, self.quantization = loaded.parts, loaded.reports, loaded.quantization
         self.attention, self.encoder_attention = loaded.attention, loaded.encoder_attention
         self.memory.mapped = [key for key, found in loaded.mapped.items() if found]
         self.family = blueprint.family_of(self.parts)
@@ -357,6 +357,7 @@ class NativePipeline:
         return {
             "attention": {**used, **self.encoder_attention},
             "precision": {key: dtype_name(d) for key, d in self.plan.dtypes.items()},
+            "quantization": self.quantization,
             "vae": {"tiling": self.last_run is not None and self.last_run[1], "slicing": self.plan.vae_slicing},
             "compile": self.compiled,
             "offload": self.offload.report(steps),

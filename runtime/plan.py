@@ -9,8 +9,9 @@ from typing import Any, Literal
 import torch
 
 from sgl_diffusion.models.family import ENCODERS, Size
-from sgl_diffusion.runtime.args import ServerArgs, nearest
+from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.option import nearest
 from sgl_diffusion.runtime.parallel.layout import Layout, read_layout
 from sgl_diffusion.runtime.parallel.ranks import local_rank, started_ranks
 from sgl_diffusion.runtime.parallel.rows import check_tiling
@@ -54,6 +55,8 @@ class Plan:
     sp_communication: Literal["model", "fp8"] = "model"
     vae_sp: bool = False
     sharded: bool = False  # ranks keep shares of the denoiser's weights
+    attention_config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # component -> backend's settings
+    quantization: Mapping[str, str] = field(default_factory=dict)  # component -> scheme, of what is not yet quantised
     chosen: Mapping[str, Any] = field(default_factory=dict)  # what performance_mode decided, as no flag did
 
     def tiles(self, size: Size) -> bool:
@@ -100,14 +103,6 @@ def make_plan(
     if args.text_encoder_precisions is not None:
         dtypes.update(zip(encoders, _one_each(args.text_encoder_precisions, encoders), strict=True))
 
-    attention: dict[str, str | None] = dict.fromkeys(dtypes)
-    attention.update(dict.fromkeys(denoisers, args.attention_backend))
-    for component, backend in args.component_attention_backends.items():
-        if component not in attention:
-            raise UserError(
-                f"component_attention_backends.{component}={backend}: expected one of {', '.join(attention)}"
-            )
-        attention[component] = backend
     tiling, slicing = {"memory": (True, True), "speed": (False, False)}.get(args.performance_mode, (None, False))
     if args.performance_mode == "manual":
         tiling = False
@@ -121,7 +116,7 @@ def make_plan(
     plan = Plan(
         device=device,
         dtypes=dtypes,
-        attention={k: None if v == "auto" else v for k, v in attention.items()},
+        attention=_attention(args, list(dtypes), denoisers),
         vae_tiling=tiling if args.vae_tiling is None else args.vae_tiling,
         vae_slicing=slicing if args.vae_slicing is None else args.vae_slicing,
         compile=args.enable_torch_compile,
@@ -132,6 +127,8 @@ def make_plan(
         sp_communication=args.sp_communication,
         vae_sp=args.vae_sp,
         sharded=args.use_fsdp_inference,
+        attention_config=dict.fromkeys(denoisers, args.attention_backend_config),
+        quantization=_quantization(args, kinds, native=native),
     )
     offload = plan.offload
     if native and device.type == "cuda":
@@ -145,6 +142,43 @@ def make_plan(
         chosen["offload"] = by_mode
     _check_offload_effects(args, holders, offload)
     return replace(plan, offload=offload, chosen=chosen)
+
+
+def _attention(args: ServerArgs, components: Sequence[str], denoisers: Sequence[str]) -> dict[str, str | None]:
+    """Backends by component, None for the fastest."""
+    asked: dict[str, str | None] = dict.fromkeys(components)
+    asked.update(dict.fromkeys(denoisers, args.attention_backend))
+    for component, backend in args.component_attention_backends.items():
+        if component not in asked:
+            raise UserError(f"component_attention_backends.{component}={backend}: expected one of {', '.join(asked)}")
+        asked[component] = backend
+    return {key: None if backend == "auto" else backend for key, backend in asked.items()}
+
+
+def _quantization(args: ServerArgs, kinds: Mapping[str, str], *, native: bool) -> dict[str, str]:
+    """Schemes by component."""
+    asked: dict[str, str] = {}
+    if args.quantization is not None:
+        asked = {key: args.quantization for key, kind in kinds.items() if kind == "denoiser"}
+    for key, scheme in args.component_quantizations.items():
+        able = [key for key, kind in kinds.items() if kind in ("denoiser", *ENCODERS)]
+        if key not in able:
+            raise UserError(f"component_quantizations.{key}={scheme}: expected one of {', '.join(able)}")
+        asked[key] = scheme
+    asked = {key: scheme for key, scheme in asked.items() if scheme != "none"}
+    if args.quantization_ignored_layers and not any(kinds[key] == "denoiser" for key in asked):
+        raise UserError(
+            f"quantization_ignored_layers={' '.join(args.quantization_ignored_layers)}: no effect without quantization "
+            "of a denoiser"
+        )
+    if not asked:
+        return {}
+    told = f"quantization={next(iter(asked.values()))}"
+    if not native:
+        raise UserError(f"{told}: the diffusers backend quantises nothing")
+    if args.use_fsdp_inference:
+        raise UserError(f"{told}: not with use_fsdp_inference, which shards weights as they are")
+    return asked
 
 
 def _asked_offload(

@@ -272,6 +272,10 @@ class Report(BaseModel):
         for name in ("attention", "precision"):
             if name in e:
                 lines.append(f"{name} " + ", ".join(f"{k}={v}" for k, v in e[name].items()))
+        for key, q in e.get("quantization", {}).items():
+            products = ", ".join(f"{n} by {product}" for product, n in q["products"].items())
+            sizes = f"{q['weights_mb']:,.1f} MiB instead of {q['in_full_mb']:,.1f} MiB"
+            lines.append(f"quantization {key}={q['format']}: layers: {products}, {sum(q['kept'].values())} kept; {sizes}")
         if self.load is not None:
             lines.append(self.load.summary())
         if self.memory is not None:

@@ -8,23 +8,29 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from sgl_diffusion.models.catalog import FAMILIES
 from sgl_diffusion.models.config import ConfigError
-from sgl_diffusion.models.family import SETTINGS, Defaults, Family
+from sgl_diffusion.models.family import ENCODERS, SETTINGS, Defaults, Family
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.blueprint import Blueprint, kinds_of
-from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint
+from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, other_weights, read_json
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.memory import MemoryPlanner
 from sgl_diffusion.runtime.parallel.layout import read_layout
 from sgl_diffusion.runtime.parallel.mesh import Mesh
 from sgl_diffusion.runtime.plan import Plan, Residency, make_plan
+from sgl_diffusion.runtime.quantization.component import Online, Quantization, Stored
+from sgl_diffusion.runtime.quantization.readers.catalog import read_quantized
+from sgl_diffusion.runtime.quantization.schemes import SCHEMES
 from sgl_diffusion.runtime.rehearsal import Rehearsal
 from sgl_diffusion.runtime.request import overridden, resolve_request
+from sgl_diffusion.runtime.weights import weight_files
+
+QUANTIZED = "quantization_config"  # key of a component's config
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ def _resolve_checkpoint(args: ServerArgs, requests: Sequence[SamplingParams]) ->
             return Resolved(pipeline_class, True, why, kinds, plan, blueprint, memory, checkpoint, dummy=False)
     if args.backend == "sglang":
         raise UserError(f"backend=sglang: {refused}; --backend diffusers can run it")
+    if args.transformer_weights_path is not None:
+        raise UserError(f"transformer_weights_path={args.transformer_weights_path}: needs a native model ({refused})")
     if args.model_id is not None:
         raise UserError(f"model_id={args.model_id}: lends native defaults; has no effect here ({refused})")
     kinds = checkpoint.kinds()
@@ -102,6 +110,8 @@ def _resolve_checkpoint(args: ServerArgs, requests: Sequence[SamplingParams]) ->
 
 def _resolve_dummy(args: ServerArgs, requests: Sequence[SamplingParams]) -> Resolved:
     """Random weights at true shape, from a preset's configs or those of a local folder."""
+    if args.transformer_weights_path is not None:
+        raise UserError(f"transformer_weights_path={args.transformer_weights_path}: no effect on dummy weights")
     name, why = args.model_id or args.model_path, f"dummy weights of {args.model_id or args.model_path}"
     pipeline_class = next((c for c in FAMILIES if name in _family(c).presets()), None)
     checkpoint = None
@@ -156,13 +166,65 @@ def _native_memory(
     if args.model_id is not None and preset is None:
         raise UserError(f"model_id={args.model_id}: expected one of {', '.join(family.presets())}")
     defaults = preset.defaults if preset else family.defaults(configs)
-    return _plan(args, family, configs, defaults, checkpoint.sampling_defaults, requests, native=True)
+    weights = _denoisers_weights(args, checkpoint, family)
+    return _plan(args, family, configs, defaults, checkpoint.sampling_defaults, requests, native=True, weights=weights)
 
 
 def _configs(checkpoint: Checkpoint, family: type[Family]) -> dict[str, Mapping[str, Any]]:
-    """Of the components there are, and the settings of the whole."""
+    """Of the components there are, but for how their weights are quantised; and the settings of the whole."""
     configs = {key: checkpoint.config(key) for key in family.components() if key in checkpoint.folders}
-    return {**configs, SETTINGS: checkpoint.settings}
+    plain = {key: {k: v for k, v in config.items() if k != QUANTIZED} for key, config in configs.items()}
+    return {**plain, SETTINGS: checkpoint.settings}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """By component, those that are quantised in their files, and files outside of the component's folder."""
+
+    stored: Mapping[str, Stored] = field(default_factory=dict)
+    files: Mapping[str, Sequence[Path]] = field(default_factory=dict)
+
+
+def _denoisers_weights(args: ServerArgs, checkpoint: Checkpoint, family: type[Family]) -> Weights:
+    """Raises UserError for quantised weights that no reader knows, or of other components."""
+    stored, files = {}, {}
+    other = args.transformer_weights_path
+    for key, kind in family.components().items():
+        config = checkpoint.config(key).get(QUANTIZED, {}) if key in checkpoint.folders else {}
+        if kind in ENCODERS and config:
+            raise UserError(f"{checkpoint.folders[key]}: quantised encoders are not read; see component_quantizations")
+        if kind != "denoiser" or key not in checkpoint.folders:
+            continue
+        if other is not None:  # of the first denoiser
+            files[key] = other_weights(other)
+            beside = files[key][0].parent / "config.json"
+            config = read_json(beside).get(QUANTIZED, {}) if beside.is_file() else {}
+        if config or other is not None:
+            found = read_quantized(files[key] if key in files else weight_files(checkpoint.folders[key]), config)
+            if found is not None:
+                stored[key] = Stored(other or str(checkpoint.folders[key]), found)
+        other = None
+    return Weights(stored, files)
+
+
+def _quantization(
+    args: ServerArgs, plan: Plan, kinds: Mapping[str, str], stored: Mapping[str, Stored]
+) -> dict[str, Quantization]:
+    """By component. Raises UserError for one that is to be quantised twice, or that ranks cannot share."""
+    if both := [key for key in stored if key in plan.quantization]:
+        key = both[0]
+        raise UserError(
+            f"quantization={plan.quantization[key]}: the weights of {key} are quantised: {stored[key].format}"
+        )
+    if stored and (plan.sharded or plan.layout.tp > 1):
+        name = "use_fsdp_inference=true" if plan.sharded else f"tp_size={plan.layout.tp}"
+        raise UserError(f"{name}: not with weights that come quantised ({next(iter(stored.values())).format})")
+    ignored = tuple(args.quantization_ignored_layers)
+    online = {
+        key: Online(key, SCHEMES[scheme], ignored if kinds[key] == "denoiser" else ())
+        for key, scheme in plan.quantization.items()
+    }
+    return {**stored, **online}
 
 
 def _plan(
@@ -174,6 +236,7 @@ def _plan(
     params: Sequence[SamplingParams],
     *,
     native: bool,
+    weights: Weights = Weights(),
 ) -> MemoryPlanner:
     """The planner holds the blueprint. Raises ConfigError if the native family does not understand a config."""
     requests = [resolve_request(p, sampling_defaults, args) for p in params]
@@ -186,7 +249,9 @@ def _plan(
     rehearsal: Rehearsal | None = None
 
     def blueprint_of(plan: Plan) -> Blueprint:
-        return Blueprint(family, configs, defaults, plan, vae_options, Mesh.stand_in(plan.layout))
+        quantization = _quantization(args, plan, kinds, weights.stored)
+        mesh = Mesh.stand_in(plan.layout)
+        return Blueprint(family, configs, defaults, plan, vae_options, mesh, quantization, weights.files)
 
     def choose_offload(plan: Plan, ways: Mapping[str, Mapping[str, Residency]]) -> tuple[str, Mapping[str, Any]]:
         nonlocal rehearsal

@@ -4,7 +4,7 @@ shapes. How the bytes are read is `runtime.reading`'s."""
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +18,7 @@ from sgl_diffusion.runtime.reading import Loader, LoadTimes, Run, Stored, stored
 
 if TYPE_CHECKING:
     from sgl_diffusion.runtime.offload import DeviceStreams
+    from sgl_diffusion.runtime.quantization.component import Online
 
 ONES = ("weight", "running_var")  # ends of names of dummies that are not zero, among vectors
 SHOWN = 6  # names of each kind listed in an error
@@ -172,20 +173,57 @@ def load_weights(
     device: torch.device,
     dtype: torch.dtype,
     streams: DeviceStreams | None = None,
+    quantization: Online | None = None,
 ) -> LoadTimes:
     """Fills a module built under the meta device. Host memory beyond the parameters stays within `reading`'s buffers.
 
     Args:
         streams: of the device, for uploads that overlap with reading.
+        quantization: of some layers, whose weights are there in full one by one.
     Raises:
         UserError: a corrupt file, or missing, unexpected or mis-shaped weights, listing their names.
     """
-    found = find_weights(module, files)
-    module.to(dtype).to_empty(device=device)
-    parameters = dict(module.named_parameters())
+    found: dict[str, list[Source]] = {}
+    for source in find_weights(module, files):
+        found.setdefault(source.slot.parameter, []).append(source)
+    module.to(dtype)
     with Loader(streams) as loader:
-        loader.load([run for s in found for run in s.runs(parameters[s.slot.parameter].data)])
+
+        def load(parameters: Mapping[str, Tensor]) -> None:
+            loader.load([run for name, p in parameters.items() for s in found[name] for run in s.runs(p)])
+
+        _fill(module, device, load, quantization)
     return loader.times
+
+
+def _fill(
+    module: nn.Module,
+    device: torch.device,
+    fill: Callable[[Mapping[str, Tensor]], None],
+    quantization: Online | None,
+) -> None:
+    """Gives a module memory on the device and has its parameters filled, by name: those of layers to quantise one by
+    one, which are codes when the next one comes; then all others.
+    """
+    for path in quantization.select(module).layers if quantization else ():
+        layer = module.get_submodule(path)
+        weight = torch.empty_like(layer.get_parameter("weight"), device=device)
+        fill({f"{path}.weight": weight})
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        quantization.quantize(module, path)  # type: ignore[union-attr]
+    left = [name for name, p in module.named_parameters() if p.is_meta]
+    give_memory(module, device)
+    parameters = dict(module.named_parameters())
+    fill({name: parameters[name].data for name in left})
+
+
+def give_memory(module: nn.Module, device: torch.device) -> None:
+    """Memory on the device for tensors that are shapes alone ("meta"); others are moved there."""
+
+    def apply(t: Tensor) -> Tensor:
+        return torch.empty_like(t, device=device) if t.is_meta else t.to(device)
+
+    module._apply(apply)  # type: ignore[no-untyped-call]
 
 
 def find_weights(module: nn.Module, files: Sequence[Path]) -> list[Source]:
@@ -213,9 +251,13 @@ def find_weights(module: nn.Module, files: Sequence[Path]) -> list[Source]:
     missing = [name for name in wanted if name not in found]
     problems = {"missing": missing, "unexpected": unexpected, "repeated": repeated, "mis-shaped": misshaped}
     if any(problems.values()):
-        told = "; ".join(f"{kind} weights: {some(names)}" for kind, names in problems.items() if names)
-        raise UserError(f"{files[0].parent}: {told}")
+        raise UserError(f"{files[0].parent}: {told(problems)}")
     return [*found.values()]
+
+
+def told(problems: Mapping[str, Sequence[str]]) -> str:
+    """Names by what is wrong with them, for an error."""
+    return "; ".join(f"{kind} weights: {some(names)}" for kind, names in problems.items() if names)
 
 
 def some(names: Sequence[str]) -> str:
@@ -226,25 +268,38 @@ def some(names: Sequence[str]) -> str:
 
 @torch.no_grad()
 def fill_dummy(
-    module: nn.Module, device: torch.device, dtype: torch.dtype, drawn_on: torch.device | None = None
+    module: nn.Module,
+    device: torch.device,
+    dtype: torch.dtype,
+    drawn_on: torch.device | None = None,
+    quantization: Online | None = None,
 ) -> None:
     """Seeded random weights at true shape: matrices keep the scale of activations, norm weights and variances are 1,
     biases and means 0.
 
     A tensor depends on its name in the checkpoint alone, so that diffusers' module of a component gets the same ones,
     and on the kind of device it is drawn on: `drawn_on`, where that is not the one the weights stay on. Of a layer that
-    ranks share, all of it is drawn.
+    ranks share, all of it is drawn. Layers may be quantised, as in `load_weights`.
     """
-    if any(p.is_meta for p in module.parameters()):
-        module.to(dtype).to_empty(device=device)
-    parameters = dict(module.named_parameters())
+    wanted: dict[str, list[tuple[str, Slot]]] = {}
     for name, slot in slots(module).items():
-        rows = parameters[slot.parameter].data[slot.start : slot.stop]
-        if drawn_on in (None, device) and slot.runs is None:
-            draw_dummy(name, rows)
-        else:
-            whole = torch.empty(slot.shape, dtype=rows.dtype, device=drawn_on or device)
-            rows.copy_(slot.cut(draw_dummy(name, whole)))
+        wanted.setdefault(slot.parameter, []).append((name, slot))
+
+    def draw(parameters: Mapping[str, Tensor]) -> None:
+        for parameter, p in parameters.items():
+            for name, slot in wanted[parameter]:
+                rows = p[slot.start : slot.stop]
+                if drawn_on in (None, device) and slot.runs is None:
+                    draw_dummy(name, rows)
+                else:
+                    whole = torch.empty(slot.shape, dtype=rows.dtype, device=drawn_on or device)
+                    rows.copy_(slot.cut(draw_dummy(name, whole)))
+
+    if any(p.is_meta for p in module.parameters()):
+        module.to(dtype)
+        _fill(module, device, draw, quantization)
+    else:
+        draw({name: p.data for name, p in module.named_parameters()})
     for name, statistic in module.named_buffers():  # of diffusers' batch norms; ours hold theirs as parameters
         if name.endswith(("running_mean", "running_var")):
             statistic.fill_(1.0 if name.endswith(ONES) else 0.0)

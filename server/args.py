@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from sgl_diffusion.runtime.args import Options, Strings, option
+from sgl_diffusion.runtime.option import Options, Strings, option
 
 
 class HttpOptions(Options):

@@ -18,8 +18,8 @@ from pathlib import Path, PurePath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from sgl_diffusion.runtime.args import nearest
 from sgl_diffusion.runtime.errors import RunFailure, UserError
+from sgl_diffusion.runtime.option import nearest
 from sgl_diffusion.server.database import StoreUnavailable
 from sgl_diffusion.server.folders import REPORT, Folders
 from sgl_diffusion.server.jobs import Job, UploadState

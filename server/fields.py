@@ -13,7 +13,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import Field, ValidationError, create_model
 from pydantic.fields import FieldInfo
 
-from sgl_diffusion.runtime.args import Options, SamplingParams, nearest, one_line, unset, value_type
+from sgl_diffusion.runtime.args import SamplingParams
+from sgl_diffusion.runtime.option import Options, nearest, one_line, unset, value_type
 from sgl_diffusion.server.bodies import Body, read_json
 from sgl_diffusion.server.errors import ApiError, bad_field
 

@@ -20,8 +20,9 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, parse
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.errors import RunFailure, UserError
+from sgl_diffusion.runtime.option import parse
 from sgl_diffusion.runtime.parallel.launch import as_rank, launch
 from sgl_diffusion.runtime.parallel.layout import read_layout
 from sgl_diffusion.runtime.parallel.ranks import speaks, started_ranks

@@ -15,11 +15,13 @@ from test_args import parse
 import sgl_diffusion.kernels
 from sgl_diffusion.bench import attention_order
 from sgl_diffusion.kernels.launch import rehearsing
+from sgl_diffusion.kernels.op import rel_l2
 from sgl_diffusion.runtime import attention as attention_module
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.attention import BACKENDS, EXACT, Attention, Case, order_table, pick, read_settings
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.resolve import resolve
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -31,6 +33,10 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
         ("triton", Case(CPU, torch.float32, 64), ["needs an NVIDIA GPU, the device is cpu"]),
         ("triton", Case(GPU, torch.float32, 128), []),
         ("triton", Case(GPU, torch.bfloat16, 160), ["head dim 160 is outside of 16 to 128"]),
+        ("triton_int8", Case(CPU, torch.float32, 64), ["the device is cpu", "runs in bf16 or fp16, not float32"]),
+        ("triton_int8", Case(GPU, torch.bfloat16, 64, settings={"pv": "fp8"}), []),
+        ("triton_fp8", Case(GPU, torch.float16, 256), ["head dim 256 is outside of 16 to 128"]),
+        ("triton_fp8", Case(GPU, torch.float16, 128, lse=True), []),
         ("cudnn", Case(GPU, torch.float32, 60), ["runs in bf16 or fp16, not float32", "not a multiple of 8"]),
         ("fa", Case(GPU, torch.bfloat16, 64), ["the package flash-attn is not installed"]),
         ("fa", Case(GPU, torch.bfloat16, 512), ["head dim 512 is outside of 8 to 256"]),
@@ -52,7 +58,15 @@ def test_the_table_has_an_order_of_exact_backends_for_every_architecture() -> No
         assert "at_most" not in entry["rows"][-1]  # whatever the shape, there is an order
         for row in entry["rows"]:
             assert set(row["order"]) <= set(EXACT) and len(set(row["order"])) == len(row["order"])
-    assert "sage_attn" not in EXACT and set(EXACT) < set(BACKENDS)
+    assert set(BACKENDS) - set(EXACT) == {"sage_attn", "triton_int8", "triton_fp8"}
+
+
+def test_fp8_is_refused_where_a_gpu_has_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_module, "architecture", lambda: "sm_80")
+    for name, settings in (("triton_fp8", {}), ("triton_int8", {"pv": "fp8"})):
+        with pytest.raises(UserError, match=f"{name}: fp8 needs a GPU of sm_89 or later"):
+            Attention("transformer", name, GPU, torch.bfloat16, settings)
+    Attention("transformer", "triton_int8", GPU, torch.bfloat16, {"pv": "half"})
 
 
 def test_auto_takes_the_tables_first_that_does_not_refuse(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +117,24 @@ def test_log_sum_exps_come_with_the_result(dtype: torch.dtype, monkeypatch: pyte
     assert lse.dtype == torch.float32 and lse.is_contiguous() and attend.used == "torch_sdpa"
 
 
+@pytest.mark.usefixtures("repaired_interpreter")
+@pytest.mark.parametrize(
+    ("name", "config", "limit"),
+    [("triton_int8", {}, 1.5e-2), ("triton_int8", {"pv": "fp8"}, 4.5e-2), ("triton_fp8", {"smooth_k": "false"}, 6e-2)],
+)
+def test_attention_in_8_bits(name: str, config: dict[str, Any], limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Case, "not_on_a_gpu", lambda self: [])
+    draw = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, 2, 32, generator=draw).bfloat16() for n in (5, 70, 70))
+    attend = Attention("transformer", name, CPU, torch.bfloat16, config)
+    out = torch.empty(1, 5, 4, 32, dtype=torch.bfloat16)[:, :, 1:3]
+    got, lse = attend(q, k, v, out=out, return_lse=True)
+    want, want_lse = BACKENDS["torch_sdpa"].run(q.double(), k.double(), v.double(), return_lse=True)
+    assert got is out and rel_l2(got, want) < limit and rel_l2(lse, want_lse) < 5e-3
+    assert lse.dtype == torch.float32 and lse.is_contiguous()
+    assert attend.used == name
+
+
 def test_attention_of_nothing() -> None:
     attend, q = Attention("transformer", None, CPU, torch.float32), torch.randn(2, 5, 3, 16)
     out, lse = attend(q, q[:, :0], q[:, :0], return_lse=True)
@@ -117,6 +149,18 @@ def test_shapes_alone_give_log_sum_exps() -> None:
     with rehearsing("cpu"):
         out, lse = attention_module.shape_only_attention("transformer", None, CPU)(q, k, k, return_lse=True)
     assert out.is_meta and out.shape == q.shape and lse.shape == (2, 3, 5) and lse.dtype == torch.float32
+
+
+def test_plans_and_compile_checks_run_the_kernel_that_was_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(attention_module, "attention_int8", lambda q, k, v, **how: seen.update(how) or q)
+    config = {"pv": "fp8", "smooth_k": "false"}
+    args = ServerArgs(device="cpu", attention_backend="triton_int8", attention_backend_config=config)
+    blueprint = resolve(args).blueprint
+    assert blueprint is not None
+    q = torch.empty(1, 5, 2, 16, device="meta", dtype=torch.bfloat16)
+    assert blueprint.attention_on(GPU)("transformer")(q, q, q) is q
+    assert seen == {"impl": "triton", "out": None, "return_lse": False, "pv": "fp8", "smooth_k": False}
 
 
 def test_log_sum_exps_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,11 +262,21 @@ def test_settings_are_json_pairs_or_a_file(written: str, tmp_path: Path) -> None
     [
         ({"smoth_k": True}, r"attention_backend_config.smoth_k=True: sage_attn has smooth_k; did you mean smooth_k\?"),
         ({"smooth_k": "maybe"}, "attention_backend_config.smooth_k=maybe: expected true or false"),
+        ({"pv": "fp8"}, "attention_backend_config.pv=fp8: sage_attn has smooth_k$"),
     ],
 )
 def test_unknown_settings_and_values_are_named(config: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         read_settings(BACKENDS["sage_attn"], config)
+
+
+def test_a_setting_may_be_one_of_some_words() -> None:
+    assert read_settings(BACKENDS["triton_int8"], {"pv": "fp8", "smooth_k": "false"}) == {
+        "pv": "fp8",
+        "smooth_k": False,
+    }
+    with pytest.raises(UserError, match="attention_backend_config.pv=int8: expected half or fp8"):
+        read_settings(BACKENDS["triton_int8"], {"pv": "int8"})
 
 
 def test_a_missing_file_is_named() -> None:

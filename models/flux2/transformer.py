@@ -20,6 +20,7 @@ from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.models.config import ConfigError, demand, read_config
 from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, outputs
 from sgl_diffusion.models.layers import (
+    Codes,
     JointAttention,
     Linear,
     Modulations,
@@ -30,6 +31,7 @@ from sgl_diffusion.models.layers import (
     Sequenced,
     TimestepEmbedding,
     rotary_table,
+    swiglu,
 )
 
 # B batch  T text tokens  I tokens that are drawn  J tokens of given pictures  L = T + I + J  R = B * L rows
@@ -134,8 +136,8 @@ class FeedForward(nn.Module):
         self.linear_in = Linear(width, 2 * hidden, bias=False)
         self.linear_out = Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, out: Tensor | None = None) -> Tensor:
-        return cast(Tensor, self.linear_out(activation(self.linear_in(x), "swiglu"), out=out))
+    def forward(self, x: Tensor | Codes, out: Tensor | None = None) -> Tensor:
+        return cast(Tensor, self.linear_out(swiglu(self.linear_in(x), self.linear_out), out=out))
 
 
 class DoubleBlock(nn.Module):
@@ -149,8 +151,9 @@ class DoubleBlock(nn.Module):
 
     def forward(self, stream: Residual, rows: Rows, vectors_62D: Tensor, rotary: Rotary) -> None:
         shift, scale, gate, shift2, scale2, gate2 = vectors_62D
-        stream.add(self.attn(stream.norm(scale, shift, rows.group_R), rows, rotary), gate)
-        normed_RD = stream.norm(scale2, shift2, rows.group_R)
+        normed_RD = stream.norm(scale, shift, rows.group_R, into=self.attn.first)
+        stream.add(self.attn(normed_RD, rows, rotary), gate)
+        normed_RD = stream.norm(scale2, shift2, rows.group_R, into=(self.ff_context.linear_in, self.ff.linear_in))
         stream.add(rows.apply(self.ff_context, self.ff, normed_RD), gate2)
 
 
@@ -166,7 +169,7 @@ class ParallelAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNormWeight(K), RMSNormWeight(K)
         self.to_out = Linear(D + M, D, bias=False)
 
-    def forward(self, x_BLD: Tensor, rows: Rows, rotary: Rotary) -> Tensor:
+    def forward(self, x_BLD: Tensor | Codes, rows: Rows, rotary: Rotary) -> Tensor:
         B, L, _ = x_BLD.shape
         both = self.to_out.in_features  # D + M, of which ranks may share each
         D = self.to_qkv_mlp_proj.out_features - 2 * both  # of the heads that are here
@@ -190,7 +193,8 @@ class SingleBlock(nn.Module):
 
     def forward(self, stream: Residual, vectors_31D: Tensor, rows: Rows, rotary: Rotary) -> None:
         shift, scale, gate = vectors_31D
-        stream.add(self.attn(stream.norm(scale, shift), rows, rotary), gate)
+        normed_BLD = stream.norm(scale, shift, into=(self.attn.to_qkv_mlp_proj,))
+        stream.add(self.attn(normed_BLD, rows, rotary), gate)
 
 
 class Flux2Transformer(nn.Module):

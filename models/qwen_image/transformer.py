@@ -103,8 +103,9 @@ class Block(nn.Module):
 
     def forward(self, stream: Residual, rows: Rows, vectors_6GD: Tensor, rotary: Rotary) -> None:
         shift, scale, gate, shift2, scale2, gate2 = vectors_6GD
-        stream.add(self.attn(stream.norm(scale, shift, rows.group_R), rows, rotary), gate)
-        normed_RD = stream.norm(scale2, shift2, rows.group_R)
+        normed_RD = stream.norm(scale, shift, rows.group_R, into=self.attn.first)
+        stream.add(self.attn(normed_RD, rows, rotary), gate)
+        normed_RD = stream.norm(scale2, shift2, rows.group_R, into=(self.txt_mlp.up, self.img_mlp.up))
         stream.add(rows.apply(self.txt_mlp, self.img_mlp, normed_RD), gate2)
 
 

@@ -35,7 +35,18 @@ from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.kernels.residual import residual_norm
 from sgl_diffusion.models.config import ConfigError, demand, read_config
 from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split
-from sgl_diffusion.models.layers import FeedForward, Linear, Residual, RMSNormWeight, TimestepEmbedding, rotary_table
+from sgl_diffusion.models.layers import (
+    Codes,
+    FeedForward,
+    Linear,
+    Residual,
+    RMSNormWeight,
+    TimestepEmbedding,
+    for_layers,
+    read_by,
+    rotary_table,
+)
+from sgl_diffusion.models.wan.original_names import ORIGINAL_NAMES
 
 # B batch  T tokens of the text or the picture  L video tokens  R = B * L rows  H heads  K head dim  D = H * K width
 # P = K / 2 rotary pairs  S steps  N blocks  G groups of rows with one modulation
@@ -245,7 +256,7 @@ class SelfAttention(nn.Module):
         self.norm_q, self.norm_k = RMSNormWeight(D), RMSNormWeight(D)
         self.to_out = nn.ModuleList([Linear(D, D)])
 
-    def forward(self, x_BLD: Tensor, tokens: int, rotary: Rotary) -> Tensor:
+    def forward(self, x_BLD: Tensor | Codes, tokens: int, rotary: Rotary) -> Tensor:
         """`tokens` there are on all ranks."""
         qkv_BL3HK = self.to_qkv(x_BLD).unflatten(-1, (3, *self.head_shape))
         q, k, v = qkv_BL3HK.unbind(2)
@@ -280,7 +291,7 @@ class CrossAttention(nn.Module):
         k = norm(to_k(x_BTD), kind="rms", weight_D=norm_k.weight, eps=EPS)
         return k.unflatten(-1, self.head_shape), to_v(x_BTD).unflatten(-1, self.head_shape)
 
-    def forward(self, x_BLD: Tensor, heads: Sequence[Heads]) -> Tensor:
+    def forward(self, x_BLD: Tensor | Codes, heads: Sequence[Heads]) -> Tensor:
         q = norm(self.to_q(x_BLD), kind="rms", weight_D=self.norm_q.weight, eps=EPS).unflatten(-1, self.head_shape)
         text, *image = (self.attention(q, *kv) for kv in heads)
         for seen in image:
@@ -307,12 +318,17 @@ class Block(nn.Module):
         group_R = request.group_R
         shift, scale, gate, shift2, scale2, gate2 = vectors_6GD
         x, weight, bias = stream.x, self.norm2.weight, self.norm2.bias
-        # each residual_norm adds to x in place, and returns the norm of the sum
-        branch = self.attn1(stream.norm(scale, shift, group_R), request.tokens, request.rotary)
-        normed = residual_norm(x, branch, gate, kind="layer", weight_D=weight, bias_D=bias, group=group_R, eps=EPS)
+        normed = stream.norm(scale, shift, group_R, into=(self.attn1.to_qkv,))
+        branch, how = self.attn1(normed, request.tokens, request.rotary), {"weight_D": weight, "bias_D": bias}
+        normed = self._add_and_norm(x, branch, group_R, self.attn2.to_q, gate=gate, **how)
         branch = self.attn2(normed, heads)
-        normed = residual_norm(x, branch, kind="layer", scale=scale2, shift=shift2, group=group_R, eps=EPS)
+        normed = self._add_and_norm(x, branch, group_R, self.ffn.up, scale=scale2, shift=shift2)
         stream.add(self.ffn(normed), gate2)
+
+    def _add_and_norm(self, x: Tensor, branch: Tensor, group_R: Tensor | None, into: nn.Module, **how: Any) -> Any:
+        """The norm, as the layer that follows reads it, of a sum that stays in x."""
+        normed = residual_norm(x, branch, kind="layer", group=group_R, eps=EPS, quantize=read_by(into), **how)
+        return for_layers(normed, x.dtype)
 
 
 class BlockTables(nn.Module):
@@ -325,6 +341,8 @@ class BlockTables(nn.Module):
 
 class WanTransformer(nn.Module):
     """`WanTransformer3DModel`."""
+
+    original_names = ORIGINAL_NAMES
 
     def __init__(self, config: WanConfig, attention: AttentionFn, split: Split = ONE_RANK) -> None:
         super().__init__()

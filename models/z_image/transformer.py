@@ -17,7 +17,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion.kernels.activation import activation
 from sgl_diffusion.kernels.embedding import patchify, timestep_embedding, unpatchify
 from sgl_diffusion.kernels.modulation import modulation
 from sgl_diffusion.kernels.norm import norm
@@ -25,7 +24,17 @@ from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.kernels.residual import gate_residual, residual_norm
 from sgl_diffusion.models.config import ConfigError, demand, read_config
 from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, outputs
-from sgl_diffusion.models.layers import Linear, RMSNormWeight, Rotary, Sequenced, rotary_table
+from sgl_diffusion.models.layers import (
+    Codes,
+    Linear,
+    RMSNormWeight,
+    Rotary,
+    Sequenced,
+    for_layers,
+    read_by,
+    rotary_table,
+    swiglu,
+)
 
 # B batch  T text tokens  I image tokens  L both, filled up  D width  H heads  K head dim  P = K / 2 rotary pairs
 # S steps  N modulated blocks  C channels of a token or the latent  Y, X the latent's rows and columns
@@ -136,12 +145,13 @@ class Sandwich:
         self.branch = branch_BLD
         self.how = {"sandwich_weight_D": weight_D, "gate": gate_1D, "tanh_gate": gate_1D is not None, "eps": self.eps}
 
-    def norm(self, weight_D: Tensor, scale_1D: Tensor | None) -> Tensor:
-        """RMSNorm(x) * weight * (1 + scale)."""
+    def norm(self, weight_D: Tensor, scale_1D: Tensor | None, into: nn.Module) -> Any:
+        """RMSNorm(x) * weight * (1 + scale), as the layer that follows reads it."""
+        how: dict[str, Any] = {"kind": "rms", "weight_D": weight_D, "scale": scale_1D, "quantize": read_by(into)}
         if self.branch is None:
-            return cast(Tensor, norm(self.x, kind="rms", weight_D=weight_D, scale=scale_1D, eps=self.eps))
+            return for_layers(norm(self.x, **how, eps=self.eps), self.x.dtype)
         branch, self.branch = self.branch, None
-        return cast(Tensor, residual_norm(self.x, branch, kind="rms", weight_D=weight_D, scale=scale_1D, **self.how))
+        return for_layers(residual_norm(self.x, branch, **how, **self.how), self.x.dtype)
 
     def total(self, tokens: int | None = None) -> Tensor:
         """The stream with all its branches; of the first tokens, or all."""
@@ -162,7 +172,7 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (RMSNormWeight(self.head_dim) for _ in range(2))
         self.to_out = nn.ModuleDict({"0": Linear(D, D, bias=False)})
 
-    def forward(self, x_BLD: Tensor, tokens: Tokens) -> Tensor:
+    def forward(self, x_BLD: Tensor | Codes, tokens: Tokens) -> Tensor:
         rotary = tokens.rotary
         qkv_BL3HK = self.to_qkv(x_BLD).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv_BL3HK.unbind(2)
@@ -183,8 +193,8 @@ class FeedForward(nn.Module):
         self.w13 = Linear(config.dim, 2 * config.hidden, bias=False)
         self.w2 = Linear(config.hidden, config.dim, bias=False)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.w2(activation(self.w13(x), "swiglu")))
+    def forward(self, x: Tensor | Codes) -> Tensor:
+        return cast(Tensor, self.w2(swiglu(self.w13(x), self.w2)))
 
 
 class Block(nn.Module):
@@ -201,9 +211,9 @@ class Block(nn.Module):
     ) -> None:
         """`last_norm_D`, the second weight of the feed-forward, is read where the next block begins."""
         scale, gate, scale2, gate2 = vectors_41D
-        normed_BLD = stream.norm(self.attention_norm1.weight, scale)
+        normed_BLD = stream.norm(self.attention_norm1.weight, scale, self.attention.to_qkv)
         stream.add(self.attention(normed_BLD, tokens), self.attention_norm2.weight, gate)
-        normed_BLD = stream.norm(self.ffn_norm1.weight, scale2)
+        normed_BLD = stream.norm(self.ffn_norm1.weight, scale2, self.feed_forward.w13)
         stream.add(self.feed_forward(normed_BLD), last_norm_D, gate2)
 
 

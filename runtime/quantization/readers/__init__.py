@@ -1,0 +1,1 @@
+"""One format of quantised checkpoints a file: what it looks like, and how its codes become ours."""

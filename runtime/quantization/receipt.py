@@ -1,0 +1,36 @@
+"""What a component's quantization came to, for the report."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sgl_diffusion.runtime.quantization.layers import QuantizedLinear
+
+MIB = 1024 * 1024
+
+
+def receipt(format: str, module: nn.Module, kept: Mapping[str, str], dtype: torch.dtype) -> dict[str, Any]:
+    """Layers by what multiplies in them, those that are kept by why, and MiB of the weights and of the same in full.
+
+    Args:
+        module: with its weights.
+        kept: why, by path of the layer.
+        dtype: of weights that are not quantised.
+    """
+    quantized = [layer for layer in module.modules() if isinstance(layer, QuantizedLinear)]
+    size = sum(t.nbytes for t in module.parameters())
+    codes = sum(layer.quantized.nbytes for layer in quantized)
+    in_full = sum(layer.out_features * layer.in_features for layer in quantized) * dtype.itemsize
+    return {
+        "format": format,
+        "layers": len(quantized),
+        "products": dict(Counter(layer.product for layer in quantized)),
+        "kept": dict(Counter(kept.values())),
+        "weights_mb": size / MIB,
+        "in_full_mb": (size - codes + in_full) / MIB,
+    }

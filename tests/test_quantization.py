@@ -1,0 +1,272 @@
+"""Denoisers whose weights are quantised while they load: what is drawn is what the codes stand for, and is told."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from test_offload import StandIn
+from test_offload import load as load_offloaded
+from test_parallel import draw_all
+from tiny_checkpoints import build_flux
+from torch import Tensor, nn
+
+from sgl_diffusion.kernels.gemm import gemm
+from sgl_diffusion.kernels.quantize import quantize_rows
+from sgl_diffusion.models.layers import Codes
+from sgl_diffusion.runtime.accounting import counted
+from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
+from sgl_diffusion.runtime.engine import Engine
+from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.events import Drawn
+from sgl_diffusion.runtime.live_bytes import LiveBytes
+from sgl_diffusion.runtime.pipeline import NativePipeline
+from sgl_diffusion.runtime.quantization.layers import LAYERS, QuantizedLinear
+from sgl_diffusion.runtime.quantization.schemes import SCHEMES
+from sgl_diffusion.runtime.quantization.weight import side_by_side
+from sgl_diffusion.runtime.request import resolve_request
+from sgl_diffusion.runtime.trace import Stopwatch
+
+CPU = torch.device("cpu")
+REQUEST = {"prompt": "a red circle left of a blue square", "num_inference_steps": 2, "seed": 3}
+SIZES: dict[str, dict[str, Any]] = {
+    "flux": {"height": 48, "width": 80},
+    "flux2": {"height": 64, "width": 96, "max_sequence_length": 96},
+    "qwen": {"height": 48, "width": 80, "negative_prompt": "a square", "true_cfg_scale": 2.5},
+    "z_image": {"height": 48, "width": 80},
+    "wan": {"height": 32, "width": 80, "num_frames": 5, "guidance_scale": 4.0},
+}
+
+
+def load(folder: Path | str, **options: Any) -> Engine:
+    return Engine.load(ServerArgs(model_path=str(folder), device="cpu", log_level="error", **options))
+
+
+def drawn(engine: Engine, **sampling: Any) -> Tensor:
+    """Final latents."""
+    pipeline = engine.backend
+    assert isinstance(pipeline, NativePipeline)
+    request = resolve_request(SamplingParams(save_output=False, **{**REQUEST, **sampling}), {}, engine.args)
+    last = next(e for e in pipeline.run(pipeline.prepare(request), Stopwatch(CPU)) if isinstance(e, Drawn))
+    return last.latents.clone()
+
+
+def layers_of(engine: Engine, key: str = "transformer") -> dict[str, QuantizedLinear]:
+    assert isinstance(engine.backend, NativePipeline)
+    found = engine.backend.parts[key].named_modules()
+    return {path: layer for path, layer in found if isinstance(layer, QuantizedLinear)}
+
+
+class Stated(nn.Module):
+    """A layer that multiplies the numbers which codes stand for."""
+
+    def __init__(self, layer: QuantizedLinear, activations: str | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features, self.bias = layer.out_features, layer.in_features, layer.bias
+        self.numbers, self.activations = layer.quantized.dequantized(torch.float32), activations
+
+    def forward(self, x: Tensor, **epilogue: Any) -> Any:
+        x = x.contiguous()
+        if self.activations is not None:
+            codes, scale = quantize_rows(x, self.activations)  # type: ignore[arg-type]
+            wide = scale.unsqueeze(-1) if scale.ndim < x.ndim else scale.repeat_interleave(128, -1)[..., : x.shape[-1]]
+            x = codes.float() * wide
+        return gemm(x, self.numbers, self.bias, **epilogue)
+
+
+# -- what is drawn --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", SIZES)
+@pytest.mark.parametrize(("scheme", "activations"), [("int8", "int8"), ("fp8_block", "fp8_block"), ("mxfp8", None)])
+def test_codes_are_the_numbers_they_stand_for(
+    model: str, scheme: str, activations: str | None, tiny: Callable[[str], Path]
+) -> None:
+    """Whether a norm writes codes or a layer makes them of its input, and wherever rows are cut and joined."""
+    engine, plain = load(tiny(model), quantization=scheme), load(tiny(model))
+    layers = layers_of(engine)
+    assert len(layers) > 5
+    for path, layer in layers.items():
+        assert isinstance(plain.backend, NativePipeline)
+        plain.backend.parts["transformer"].set_submodule(path, Stated(layer, activations))
+    want = drawn(plain, **SIZES[model])
+    error = (drawn(engine, **SIZES[model]) - want).abs().max() / want.std()
+    # codes may fall to the other side of a tie: seldom, and by one
+    assert error < (1e-4 if activations is None else 2e-2)
+
+
+def test_norms_hand_on_codes(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what blocks read, only outputs of attentions and feed-forwards are quantised by a pass of their own."""
+    engine, seen = load(tiny("wan"), quantization="int8", enable_cuda_graph="false"), dict[str, set[type]]()
+    for path, layer in layers_of(engine).items():
+        name = path.split(".", 2)[2]
+        layer.register_forward_pre_hook(lambda _, given, name=name: seen.setdefault(name, set()).add(type(given[0])))
+    drawn(engine, **SIZES["wan"])
+    assert {name for name, kinds in seen.items() if kinds == {Codes}} == {
+        "attn1.to_qkv",
+        "attn2.to_q",
+        "ffn.net.0.proj",
+    }
+    assert all(kinds == {Tensor} for name, kinds in seen.items() if name.split(".")[1] in ("to_k", "to_v", "to_out"))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_weights_are_near(scheme: str) -> None:
+    weight = torch.randn(192, 256, generator=torch.Generator().manual_seed(0))
+    before = weight.clone()
+    quantized = SCHEMES[scheme].quantize(weight)
+    error = (quantized.dequantized(torch.float32) - weight).norm() / weight.norm()
+    assert 0.2 * SCHEMES[scheme].tolerance.weights < error < SCHEMES[scheme].tolerance.weights
+    assert torch.equal(weight, before) and quantized.shape == (192, 256)
+    shapes = SCHEMES[scheme].quantize(weight.to("meta")).tensors
+    assert {n: (t.shape, t.dtype) for n, t in shapes.items()} == {
+        n: (t.shape, t.dtype) for n, t in quantized.tensors.items()
+    }
+    zeros = SCHEMES[scheme].quantize(torch.zeros(32, 128))
+    assert torch.equal(zeros.dequantized(torch.float32), torch.zeros(32, 128))
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s not in ("fp8_block", "svdquant")])
+def test_rows_are_cut_and_joined(scheme: str) -> None:
+    quantized = SCHEMES[scheme].quantize(torch.randn(96, 128, generator=torch.Generator().manual_seed(0)))
+    parts = [quantized.rows(0, 32), quantized.rows(32, 96)]
+    joined = side_by_side(parts)
+    assert joined is not None and all(torch.equal(t, quantized.tensors[n]) for n, t in joined.tensors.items())
+    other = SCHEMES["int8" if scheme == "fp8" else "fp8"].quantize(torch.randn(96, 128))
+    assert side_by_side([quantized, other]) is None
+    blocks = SCHEMES["fp8_block"].quantize(torch.randn(256, 128))
+    with pytest.raises(ValueError, match="rows 0 to 100: scale has one for every 128 rows"):
+        blocks.rows(0, 100)
+
+
+# -- where weights are, and what they take ----------------------------------------------
+
+
+def test_one_layer_at_a_time_is_there_in_full(tmp_path: Path) -> None:
+    folder = build_flux(tmp_path / "flux", heads=4, head_dim=32, double=2, single=4)
+    load(folder, quantization="int8")  # what is imported and made once
+    counted: dict[str, int] = {}
+    for scheme in (None, "int8"):
+        live = LiveBytes("cpu")
+        with live.rising():
+            engine = load(folder, quantization=scheme)
+        counted[str(scheme)] = live.peak
+    assert isinstance(engine.backend, NativePipeline)
+    told = engine.backend.quantization["transformer"]
+    saved = (told["in_full_mb"] - told["weights_mb"]) * 1024**2
+    largest = max(layer.out_features * layer.in_features for layer in layers_of(engine).values()) * 4
+    assert counted["None"] - counted["int8"] > saved - 5 * largest > 0.5 * saved
+
+
+def test_offloaded_layers_draw_the_same(tiny: Callable[[str], Path]) -> None:
+    resident = drawn(load(tiny("flux"), quantization="int8"), **SIZES["flux"])
+    for place in ("layerwise", "component"):
+        engine = load_offloaded(tiny("flux"), StandIn(), {"transformer": place}, quantization="int8")
+        assert torch.equal(drawn(engine, **SIZES["flux"]), resident)
+
+
+def test_dummies_are_quantised(tiny: Callable[[str], Path]) -> None:
+    engine = load(tiny("flux"), quantization="svdquant", load_format="dummy")
+    assert drawn(engine, **SIZES["flux"]).isfinite().all() and layers_of(engine)
+
+
+def test_a_text_encoder_is_quantised(tiny: Callable[[str], Path]) -> None:
+    """T5's feed-forward asks its weights for their dtype."""
+    engine = load(tiny("flux"), component_quantizations={"text_encoder_2": "int8", "text_encoder": "fp8"})
+    assert not layers_of(engine) and layers_of(engine, "text_encoder") and layers_of(engine, "text_encoder_2")
+    plain, got = drawn(load(tiny("flux")), **SIZES["flux"]), drawn(engine, **SIZES["flux"])
+    assert 0 < (got - plain).norm() / plain.norm() < 0.1
+
+
+LAYOUTS: list[dict[str, Any]] = [{"ulysses_degree": 2}, {"ring_degree": 2}, {"tp_size": 2}]
+
+
+def test_ranks_draw_the_same(tmp_path: Path) -> None:
+    """Rows of activations have their own scales wherever they are; of shared inputs, every rank's part has its own."""
+    folder = str(build_flux(tmp_path / "flux", heads=2, head_dim=64, double=1, single=1))
+    asked = [
+        (folder, layout | {"quantization": s}, REQUEST | SIZES["flux"]) for s in ("int8", "int4") for layout in LAYOUTS
+    ]
+    for (_, options, _), got in zip(asked, run_ranks(2, draw_all, asked)[0], strict=True):
+        want = drawn(load(folder, quantization=options["quantization"]), **SIZES["flux"])
+        error = (got[0] - want).abs().max() / want.std()
+        assert error < (0.2 if "tp_size" in options else 2e-2), options
+
+
+def test_work_is_counted() -> None:
+    """Every product by its own formulas: weights move as codes."""
+    weight = torch.randn(192, 256, dtype=torch.bfloat16)
+    for scheme in SCHEMES.values():
+        codes = scheme.quantize(weight)
+        layer = LAYERS[codes.kind](codes.map(lambda t: t.to("meta")), None)
+        with counted() as work:
+            layer(torch.empty(2, 5, 256, dtype=torch.bfloat16, device="meta"))
+        branch = 0 if codes.down_RK is None else 10 * 32 * (192 + 256)
+        assert sum(work.flops.values()) == 2 * (10 * 192 * 256 + branch), scheme.name
+        # results, and inputs once as numbers or as codes, or as both
+        rows = 10 * 2 * 192 + torch.tensor([1, 2, 4]) * 10 * 256
+        moved = sum(work.bytes.values()) - codes.nbytes
+        assert rows.min() <= moved <= rows.max() + 10 * 160, scheme.name
+
+
+# -- what is told, and refused ------------------------------------------------------------
+
+
+def sglang(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "sgl_diffusion.cli.main", *arguments], capture_output=True, text=True)
+
+
+def test_the_receipt(tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    dump = tmp_path / "perf.json"
+    size = [word for name, value in SIZES["flux"].items() for word in (f"--{name}", str(value))]
+    done = sglang(
+        "generate", "--model-path", str(tiny("flux")), "--device", "cpu", "--prompt", "red",
+        "--num-inference-steps", "1", "--quantization", "fp8", "--quantization-ignored-layers", "attn.to_out",
+        "single_transformer_blocks.0.*", *size,
+        "--output-path", str(tmp_path), "--perf-dump-path", str(dump),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    report = json.loads(dump.read_text())
+    told = report["effective"]["quantization"]["transformer"]
+    assert told["format"] == "fp8" and set(told["products"]) == {"gemm_fp8"}
+    assert told["products"]["gemm_fp8"] == told["layers"] > 0
+    assert told["weights_mb"] < told["in_full_mb"]
+    reasons = dict(told["kept"])
+    assert reasons.pop("quantization_ignored_layers has attn.to_out") > 0
+    assert reasons.pop("quantization_ignored_layers has single_transformer_blocks.0.*") == 3  # its modulation as well
+    assert reasons.pop("outside of the blocks") > 0 and not reasons
+    assert f"quantization transformer=fp8: layers: {told['layers']} by gemm_fp8" in done.stdout + done.stderr
+    flops = {stage["name"]: stage["classes"] for stage in report["accounting"]["stages"]}
+    assert flops["denoising"]["gemm_fp8"]["flops"] > flops["denoising"]["gemm"]["flops"] > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "refusal"),
+    [
+        ({"quantization": "int4", "quantization_ignored_layers": ["atn.to_"]}, "atn.to_: in no name of a layer of tra"),
+        ({"quantization": "int8", "quantization_ignored_layers": ["blocks"]}, "nothing of transformer can be quant"),
+        ({"quantization_ignored_layers": ["attn"]}, "no effect without quantization"),
+        ({"component_quantizations": {"vae": "int8"}}, "component_quantizations.vae=int8: expected one of transformer"),
+        ({"quantization": "int8", "backend": "diffusers"}, "the diffusers backend quantises nothing"),
+        ({"quantization": "int8", "use_fsdp_inference": True, "num_gpus": 2}, "not with use_fsdp_inference"),
+        ({"transformer_weights_path": "nowhere.bin"}, "transformer_weights_path=nowhere.bin: no such file"),
+        ({"transformer_weights_path": ".", "load_format": "dummy"}, "no effect on dummy weights"),
+    ],
+)  # fmt: skip
+def test_refusals(options: dict[str, Any], refusal: str, tiny: Callable[[str], Path]) -> None:
+    with pytest.raises(UserError, match=refusal):
+        load(tiny("flux"), **options)
+
+
+def test_layers_that_do_not_fit_are_kept(tmp_path: Path) -> None:
+    engine = load(build_flux(tmp_path / "flux", heads=3, head_dim=32, double=1, single=1), quantization="int4")
+    assert isinstance(engine.backend, NativePipeline)
+    kept = engine.backend.quantization["transformer"]["kept"]
+    assert kept["288 x 96: int4 takes multiples of 16 x 64"] == 2
