@@ -7,9 +7,8 @@ from pathlib import Path
 
 from sgl_diffusion.cli.flags import add_flags, parse_command_line
 from sgl_diffusion.cli.generate import set_up_logging
-from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.args import SamplingParams, parse_args
 from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.runtime.option import parse
 
 
 def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
@@ -19,18 +18,23 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     own.add_argument(
         "--calibration-prompts", type=Path, default=argparse.SUPPRESS, metavar="FILE",
         help="text file with one prompt a line, drawn first: fp8 and int8 get fixed scales of activations, int4 and "
-        "svdquant smooth channels with large ones",
+        "svdquant smooth channels with large ones; sizes and steps as of generate",
     )  # fmt: skip
-    add_flags(parser, [ServerArgs])
+    add_flags(parser)
     values = parse_command_line(parser, argv)
     output, file = values.pop("output"), values.pop("calibration_prompts", None)
-    server = parse(ServerArgs, values)
+    drawn = {name: value for name, value in values.items() if name in SamplingParams.model_fields}
+    if drawn and (file is None or "prompt" in drawn):
+        name = "prompt" if "prompt" in drawn else next(iter(drawn))
+        raise UserError(f"{name}={drawn[name]}: no effect here; calibration_prompts says what is drawn, if anything is")
+    if file is not None:
+        drawn["prompt"] = _prompts(file)
+    server, sampling = parse_args(values | drawn)
     set_up_logging(server.log_level if "log_level" in values else "warning")
-    prompts = [] if file is None else _prompts(file)
 
     from sgl_diffusion.runtime.quantization.convert import quantize_checkpoint
 
-    for key, r in quantize_checkpoint(server, output, prompts).items():
+    for key, r in quantize_checkpoint(server, output, None if file is None else sampling).items():
         layers = f"{r['layers']} layers quantised, {sum(r['kept'].values())} kept"
         print(f"{key}: {r['format']}: {layers}; {r['weights_mb']:,.1f} MiB instead of {r['in_full_mb']:,.1f} MiB")
         for reason, count in r["kept"].items():

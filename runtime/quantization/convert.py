@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -38,11 +38,13 @@ from sgl_diffusion.runtime.weights import slots
 FILES = "diffusion_pytorch_model{suffix}.safetensors"
 
 
-def quantize_checkpoint(args: ServerArgs, output: Path, prompts: Sequence[str]) -> dict[str, dict[str, Any]]:
+def quantize_checkpoint(
+    args: ServerArgs, output: Path, calibration: SamplingParams | None = None
+) -> dict[str, dict[str, Any]]:
     """Writes the model that the arguments name, quantised as they say. There is no folder before it is whole.
 
     Args:
-        prompts: to calibrate with; none for what the weights alone tell.
+        calibration: what is drawn, and thrown away, to see what goes into layers; None for what weights alone tell.
     Returns:
         By component, its receipt.
     Raises:
@@ -61,11 +63,11 @@ def quantize_checkpoint(args: ServerArgs, output: Path, prompts: Sequence[str]) 
         raise UserError("quantization: missing; it says what to write")
     if others := [key for key in chosen if model.kinds[key] != "denoiser"]:
         raise UserError(f"component_quantizations.{others[0]}: only denoisers are written quantised")
-    if prompts:
+    if calibration is not None:
         unable = [q.scheme.name for q in chosen.values() if q.scheme.calibrated is None]
         if unable:
             raise UserError(f"calibration_prompts: {unable[0]} makes no use of them")
-        seen = calibrate(args, chosen, prompts)
+        seen = calibrate(args, chosen, calibration)
         chosen = {key: replace(q, seen=seen[key]) for key, q in chosen.items()}
     blueprint = replace(model.blueprint, quantization={**model.blueprint.quantization, **chosen})
     with tempfile.TemporaryDirectory(dir=output.resolve().parent, prefix=f".{output.name}.") as unfinished:
@@ -75,14 +77,14 @@ def quantize_checkpoint(args: ServerArgs, output: Path, prompts: Sequence[str]) 
     return receipts
 
 
-def calibrate(args: ServerArgs, chosen: Mapping[str, Online], prompts: Sequence[str]) -> dict[str, dict[str, Tensor]]:
-    """By component and path of a layer, the largest magnitude of each of its inputs while prompts are drawn."""
+def calibrate(args: ServerArgs, chosen: Mapping[str, Online], drawn: SamplingParams) -> dict[str, dict[str, Tensor]]:
+    """By component and path of a layer, the largest magnitude of each of its inputs while something is drawn."""
     plain: dict[str, Any] = {"quantization": None, "component_quantizations": {}, "quantization_ignored_layers": []}
     eager = {"enable_cuda_graph": "false", "enable_torch_compile": False}  # replayed steps call no hooks
     with Engine.load(args.model_copy(update=plain | eager)) as engine, ExitStack() as watching:
         assert isinstance(engine.backend, NativePipeline)
         seen = {key: watching.enter_context(watched(engine.backend.parts[key])) for key in chosen}
-        engine.run(SamplingParams(prompt=list(prompts), save_output=False))
+        engine.run(drawn.model_copy(update={"save_output": False}))
     return seen
 
 

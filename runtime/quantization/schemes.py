@@ -155,8 +155,8 @@ class Scheme:
         calibrated: the same with the largest magnitude that was seen of each of the K inputs; None where scales of
             activations are their own in any case.
         columns, rows: of which a layer's inputs, and outputs, have to be a multiple.
-        tolerance: about 1.5 times the worst that the embedded model shows on a CPU, in fp32 and in bf16; more for mxfp8
-            and nvfp4, whose activations are numbers there and codes on some GPUs.
+        tolerance: up to 2.1 times the worst that the embedded model shows on a CPU (docs/quantization.md), where
+            activations of mxfp8 and nvfp4 are numbers; on some GPUs they are codes. Rows are a bound against mistakes.
         about: one line for help and docs.
     """
 
