@@ -1,6 +1,6 @@
 """Everything a GPU has to show, in one command: answers first, then times.
 
-    python -m sgl_diffusion.bench.gpu_suite [--out FOLDER] [--part correctness|kernels|end_to_end]
+    python -m sgl_diffusion.bench.gpu_suite [--out FOLDER] [--part correctness|kernels|end_to_end|quantized]
 
 Each part writes FOLDER/<part>*.json. Exit code 1 if an answer is wrong.
 """
@@ -26,12 +26,15 @@ from sgl_diffusion.kernels.attention import attention
 from sgl_diffusion.kernels.catalog import OPS
 from sgl_diffusion.models.family import Guidance, Size
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
+from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.limits import limits
+from sgl_diffusion.runtime.quantization.schemes import SCHEMES
 from sgl_diffusion.runtime.rehearsal import fewest_pictures
 from sgl_diffusion.runtime.resolve import presets, resolve
 
 WORKERS = 8
 MOST_STEPS = 8  # of a comparison
+QUANTIZED = "black-forest-labs/FLUX.1-dev"
 WEIGHTS_SHARE = 0.85  # of the GPU's memory; the rest is for what the sides compute
 
 
@@ -97,6 +100,23 @@ def end_to_end(out: Path) -> bool:
     return True
 
 
+def quantized(out: Path) -> bool:
+    """Steps of a model at true size, in full and by every scheme, and what multiplied in them."""
+    rows = []
+    for scheme in (None, *SCHEMES):
+        args = ServerArgs(model_path=QUANTIZED, load_format="dummy", device="cuda", quantization=scheme)
+        params = SamplingParams(prompt=["a cat"], num_inference_steps=MOST_STEPS, save_output=False)
+        with Engine.load(args) as engine:
+            engine.run(params)
+            report = engine.run(params).report
+        receipt = report.effective["quantization"].get("transformer", {})
+        rows.append({"scheme": scheme, "step_ms": report.median_step_ms, "receipt": receipt})
+        print(f"{scheme or 'in full'}: {report.median_step_ms:.1f} ms a step, {receipt.get('products', '')}")
+        torch.cuda.empty_cache()
+    write(out / "quantized.json", rows, model=QUANTIZED)
+    return True
+
+
 def compared() -> list[str]:
     """Of every pipeline class, the preset with the fewest weights that draws from a prompt alone, if this GPU holds it
     twice: ours and diffusers'.
@@ -123,6 +143,7 @@ PARTS: dict[str, Callable[[Path], bool]] = {
     "correctness": correctness,
     "kernels": kernel_times,
     "end_to_end": end_to_end,
+    "quantized": quantized,
 }
 
 

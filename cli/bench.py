@@ -1,5 +1,5 @@
-"""`sglang bench aot|e2e|kernels|launches|links|load|parallel|serve|tune|vae`: generations timed; kernels checked, timed
-and tuned; links between ranks measured.
+"""`sglang bench aot|e2e|kernels|launches|links|load|parallel|quality|serve|tune|vae`: generations timed; kernels checked,
+timed and tuned; links between ranks and the cost of quantization measured.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from importlib import import_module
 
 from sgl_diffusion.cli.flags import Parser
 from sgl_diffusion.cli.generate import set_up_logging
-from sgl_diffusion.runtime.args import nearest
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.runtime.option import nearest
 
 SUBJECTS = {
     "aot": "compile every kernel for sm_80, sm_89, sm_90 and sm_100 without a GPU, and reject bad code",
@@ -20,6 +20,7 @@ SUBJECTS = {
     "links": "measure latency and bandwidth of the collectives among ranks, for `sglang plan --links`",
     "load": "time loading a checkpoint against diffusers, by turns in one process",
     "parallel": "predict steps on several GPUs for published models, by layout; nothing is measured",
+    "quality": "measure what every scheme of quantization costs the embedded model's pictures",
     "serve": "load a server with requests, and tell its latencies and what it adds to its engine",
     "tune": "time tiles on this GPU and rewrite its table",
     "vae": "time the decoding of latents against diffusers, by turns in one process",

@@ -97,6 +97,11 @@ class MemoryPlanner:
                 taken += w.host
         return mapped
 
+    def _dtype(self, key: str) -> str:
+        """Of a component's weights, and of those that are quantised."""
+        quantization = self.blueprint.quantization.get(key)
+        return dtype_name(self.plan.dtypes[key]) + (f", {quantization.format}" if quantization else "")
+
     def _tier(self, key: str) -> Literal["pinned", "pageable", "mapped"] | None:
         """Where a component's weights are on the host."""
         if self.plan.offload[key] == "resident":
@@ -227,7 +232,7 @@ class MemoryPlanner:
         ]
         components = {
             key: ComponentMemory(
-                dtype=dtype_name(plan.dtypes[key]),
+                dtype=self._dtype(key),
                 residency=plan.offload[key],
                 weights_mb=module_bytes([self.rehearsal.parts[key]]) / MIB,
                 device_mb=w.at_work / MIB,

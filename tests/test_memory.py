@@ -129,6 +129,7 @@ def test_a_step_that_is_not_repeated_counts_as_one_that_is(steps: int) -> None:
         ({}, {"negative_prompt": "b", "true_cfg_scale": 2.0}),
         (TILED, {"height": 128, "width": 128}),
         ({"vae_slicing": True}, {"num_outputs_per_prompt": 2}),
+        ({"quantization": "int8"}, {}),
     ],
 )
 @pytest.mark.parametrize("model", ["embedded", "flux"])
