@@ -104,7 +104,8 @@ def quantized(out: Path) -> bool:
     """Steps of a model at true size, in full and by every scheme, and what multiplied in them."""
     rows = []
     for scheme in (None, *SCHEMES):
-        args = ServerArgs(model_path=QUANTIZED, load_format="dummy", device="cuda", quantization=scheme)
+        server = {"model_path": QUANTIZED, "load_format": "dummy", "device": "cuda", "quantization": scheme}
+        args = ServerArgs.model_validate(server)
         params = SamplingParams(prompt=["a cat"], num_inference_steps=MOST_STEPS, save_output=False)
         with Engine.load(args) as engine:
             engine.run(params)

@@ -1,5 +1,5 @@
-"""`sglang bench aot|e2e|kernels|launches|links|load|parallel|quality|serve|tune|vae`: generations timed; kernels checked,
-timed and tuned; links between ranks and the cost of quantization measured.
+"""`sglang bench NAME`: generations timed; kernels checked, timed and tuned; links between ranks and the cost of
+quantization measured.
 """
 
 from __future__ import annotations

@@ -24,7 +24,8 @@ DOTTED = re.compile(r"--([a-z][a-z0-9-]*)\.([A-Za-z0-9_.-]+)")
 KWARGS = "diffusers_kwargs"
 ATTENTION_CONFIG = "attention_backend_config"
 MAPS = (
-    "component_paths", "component_attention_backends", "component_quantizations", ATTENTION_CONFIG, "vae_config", KWARGS
+    "component_paths", "component_attention_backends", "component_quantizations", ATTENTION_CONFIG, "vae_config",
+    "nunchaku_config", KWARGS,
 )  # fmt: skip
 CONFIG_SUFFIXES = (".json", ".yaml", ".yml")
 Models = Sequence[type[Options]]

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from sgl_diffusion.cli.flags import default_text, flag, literal_values
-from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, VaeConfig
+from sgl_diffusion.runtime.args import NunchakuConfig, SamplingParams, ServerArgs, VaeConfig
 from sgl_diffusion.runtime.option import aliases, groups, value_type
 from sgl_diffusion.server.args import ServeArgs
 
@@ -38,9 +38,10 @@ def page() -> str:
                 names = ", ".join(f"`{flag(n)}`" for n in (name, *aliases(field)))
                 values = " ".join(f"`{v}`" for v in literal_values(field)) or value_type(field).__name__
                 parts.append(f"| {names} | {values} | {default_text(field)} | {field.description} |")
-    parts += ["\n## vae_config\n", "| key | values | default | meaning |", "| --- | --- | --- | --- |"]
-    for name, field in VaeConfig.model_fields.items():
-        parts.append(f"| `{name}` | {value_type(field).__name__} | {default_text(field)} | {field.description} |")
+    for nested, config in (("vae_config", VaeConfig), ("nunchaku_config", NunchakuConfig)):
+        parts += [f"\n## {nested}\n", "| key | values | default | meaning |", "| --- | --- | --- | --- |"]
+        for name, field in config.model_fields.items():
+            parts.append(f"| `{name}` | {value_type(field).__name__} | {default_text(field)} | {field.description} |")
     return "\n".join(parts) + "\n"
 
 

@@ -20,7 +20,14 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.gemm import check_epilogue
 from sgl_diffusion.kernels.gemm_forms import (
-    FP32_PRODUCT, as_rows, finish, finish_tma, fit_descriptors, processors, row_stride, tile_at,
+    FP32_PRODUCT,
+    as_rows,
+    finish,
+    finish_tma,
+    fit_descriptors,
+    processors,
+    row_stride,
+    tile_at,
 )
 from sgl_diffusion.kernels.microscaling import E4M3_BIAS, e4m3_over_bias
 from sgl_diffusion.kernels.op import Inputs, inside, noise, poisoned

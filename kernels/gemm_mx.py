@@ -22,7 +22,14 @@ from sgl_diffusion.kernels.gemm import check_epilogue, eager_gemm, with_epilogue
 from sgl_diffusion.kernels.gemm_forms import fit_descriptors
 from sgl_diffusion.kernels.gemm_mx_forms import launch_decoding, launch_scaled
 from sgl_diffusion.kernels.microscaling import (
-    BLOCK, CODE_DTYPES, CODES_PER_BYTE, SCALE_DTYPES, MxFormat, check_global_scale, check_mx_format, dequantize_mx,
+    BLOCK,
+    CODE_DTYPES,
+    CODES_PER_BYTE,
+    SCALE_DTYPES,
+    MxFormat,
+    check_global_scale,
+    check_mx_format,
+    dequantize_mx,
     quantize_mx_reference,
 )
 from sgl_diffusion.kernels.op import TOLERANCE, Inputs, Op, inside, noise, poisoned

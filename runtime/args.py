@@ -127,6 +127,13 @@ class PrecisionOptions(Options):
 Scheme = Literal["fp8", "fp8_block", "int8", "int4", "svdquant", "mxfp8", "nvfp4"]
 
 
+class NunchakuConfig(Options):
+    """What SVDQuant weights of nunchaku are to be."""
+
+    precision: Literal["int4", "fp4"] | None = option(None, "Of their codes.", unset="the file's")
+    rank: int | None = option(None, "Of the branch beside them.", unset="the file's", ge=1)
+
+
 class QuantizationOptions(Options):
     """Quantization"""
 
@@ -144,6 +151,9 @@ class QuantizationOptions(Options):
         None,
         "Other weights for the transformer, quantised ones too: a file, a folder, a hub id, or a file in one.",
         unset="the checkpoint's",
+    )
+    nunchaku_config: NunchakuConfig = option(
+        NunchakuConfig(), "What the SVDQuant weights of transformer_weights_path have to be; as JSON, or dotted."
     )
 
 

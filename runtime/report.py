@@ -275,7 +275,8 @@ class Report(BaseModel):
         for key, q in e.get("quantization", {}).items():
             products = ", ".join(f"{n} by {product}" for product, n in q["products"].items())
             sizes = f"{q['weights_mb']:,.1f} MiB instead of {q['in_full_mb']:,.1f} MiB"
-            lines.append(f"quantization {key}={q['format']}: layers: {products}, {sum(q['kept'].values())} kept; {sizes}")
+            layers = f"{products}, {sum(q['kept'].values())} kept"
+            lines.append(f"quantization {key}={q['format']}: layers: {layers}; {sizes}")
         if self.load is not None:
             lines.append(self.load.summary())
         if self.memory is not None:

@@ -15,7 +15,7 @@ from typing import Any
 from sgl_diffusion.models.catalog import FAMILIES
 from sgl_diffusion.models.config import ConfigError
 from sgl_diffusion.models.family import ENCODERS, SETTINGS, Defaults, Family
-from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
+from sgl_diffusion.runtime.args import NunchakuConfig, SamplingParams, ServerArgs
 from sgl_diffusion.runtime.blueprint import Blueprint, kinds_of
 from sgl_diffusion.runtime.checkpoint import EMBEDDED, Checkpoint, open_checkpoint, other_weights, read_json
 from sgl_diffusion.runtime.errors import UserError
@@ -189,6 +189,8 @@ def _denoisers_weights(args: ServerArgs, checkpoint: Checkpoint, family: type[Fa
     """Raises UserError for quantised weights that no reader knows, or of other components."""
     stored, files = {}, {}
     other = args.transformer_weights_path
+    if other is None and args.nunchaku_config != NunchakuConfig():
+        raise UserError("nunchaku_config: no effect without transformer_weights_path")
     for key, kind in family.components().items():
         config = checkpoint.config(key).get(QUANTIZED, {}) if key in checkpoint.folders else {}
         if kind in ENCODERS and config:
@@ -201,6 +203,12 @@ def _denoisers_weights(args: ServerArgs, checkpoint: Checkpoint, family: type[Fa
             config = read_json(beside).get(QUANTIZED, {}) if beside.is_file() else {}
         if config or other is not None:
             found = read_quantized(files[key] if key in files else weight_files(checkpoint.folders[key]), config)
+            demanded = args.nunchaku_config.model_dump(exclude_none=True) if other is not None else {}
+            for name, value in demanded.items():
+                facts = {} if found is None else found.facts
+                if facts.get(name) != value:
+                    there = facts.get(name, "weights that are not quantised" if found is None else found.format)
+                    raise UserError(f"nunchaku_config.{name}={value}: {other} has {there}")
             if found is not None:
                 stored[key] = Stored(other or str(checkpoint.folders[key]), found)
         other = None

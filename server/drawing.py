@@ -20,9 +20,9 @@ from PIL import Image
 from sgl_diffusion.runtime.args import OutputOptions, SamplingParams
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import RunFailure, UserError
-from sgl_diffusion.runtime.parallel.lockstep import RankLost
 from sgl_diffusion.runtime.events import Drawing, Finished, Pixels, Result, StageStarted, StepDone
 from sgl_diffusion.runtime.option import parse
+from sgl_diffusion.runtime.parallel.lockstep import RankLost
 from sgl_diffusion.runtime.request import DEFAULT_SEED
 from sgl_diffusion.runtime.snapshots import Snapshot, read_snapshot, save_snapshot
 from sgl_diffusion.server import messages

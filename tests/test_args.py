@@ -14,7 +14,7 @@ from sgl_diffusion.cli.flags import Parser, parse_command_line
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs, VaeConfig, parse_args
 from sgl_diffusion.runtime.errors import UserError
 
-FLAG_BUDGET = 81
+FLAG_BUDGET = 82
 
 
 def parse(*argv: str) -> tuple[ServerArgs, SamplingParams]:

@@ -10,6 +10,7 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import test_readers_svdquant as svdquant
 import torch
 from safetensors.torch import load_file, save_file
 from test_quantization import SIZES, drawn, layers_of, load, sglang
@@ -89,7 +90,7 @@ def test_calibration_shows_in_what_is_written(scheme: str, flux: Path, tmp_path:
         (["--output", "there"], "quantization: missing"),
         (["--quantization", "fp8", "--output", "."], "output=.: is there already"),
         (["--quantization", "fp8", "--output", "no/where"], "output=no/where: the folder no does not exist"),
-        (["--quantization", "mxfp8", "--output", "o", "--calibration-prompts", "p"], "calibration_prompts: mxfp8 makes"),
+        (["--quantization", "mxfp8", "--output", "o", "--calibration-prompts", "p"], "prompts: mxfp8 makes no use"),
         (["--quantization", "fp8", "--output", "o", "--calibration-prompts", "q"], "prompts=q: cannot be read"),
         (["--quantization", "fp8", "--output", "o", "--height", "64"], "height=64: no effect here"),
         (["--component-quantizations.text_encoder", "fp8", "--output", "o"], "only denoisers are written"),
@@ -191,6 +192,60 @@ def test_a_gguf_file(mixed: bool, flux: Path, tmp_path: Path) -> None:
     save_file(decoded, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     want = drawn(load(folder), **SIZE)
     assert (drawn(engine, **SIZE) - want).abs().max() / want.std() < 1e-4
+
+
+def nunchaku_file(folder: Path, file: Path) -> dict[str, svdquant.Layer]:
+    """In the first format, with random codes; what is not quantised is the folder's."""
+    made: dict[str, svdquant.Layer] = {}
+    for block in ("transformer_blocks.0", "single_transformer_blocks.0"):
+        streams = ("", "_context") if block.startswith("transformer") else ("",)
+        for i, stream in enumerate(streams):
+            for j, (name, N, K) in enumerate(
+                [("qkv_proj", 384, 128), ("out_proj", 128, 128), ("mlp_fc1", 512, 128), ("mlp_fc2", 128, 512)]
+            ):
+                joined = f"mlp{stream}_{name[4:]}" if name.startswith("mlp") else name + stream
+                shift = svdquant.SHIFT if name == "mlp_fc2" else 0.0
+                # layers of a parallel block that read the same are smoothed alike
+                smooth = (
+                    torch.full((128,), 0.75).bfloat16()
+                    if block.startswith("single") and K == N // 3 or N == 512
+                    else None
+                )
+                made[f"{block}.{joined}"] = svdquant.layer(N, K, 10 * i + j, shift=shift, smooth=smooth)
+    quantised = ("attn.to_", "attn.add_", "ff", "proj_mlp", "single_transformer_blocks.0.proj_out")
+    plain = {
+        n: t
+        for n, t in weights(folder).items()
+        if not (n.startswith(("transf", "single")) and any(q in n for q in quantised))
+    }
+    svdquant.write(file, made, {name.replace("attn.norm_", "norm_"): t for name, t in plain.items()}, first_format=True)
+    return made
+
+
+def test_a_nunchaku_file(flux: Path, tmp_path: Path) -> None:
+    file = tmp_path / "svdq-int4_r16-flux.safetensors"
+    made = nunchaku_file(flux, file)
+    engine = load(flux, transformer_weights_path=str(file), nunchaku_config={"precision": "int4", "rank": 16})
+    assert isinstance(engine.backend, NativePipeline)
+    told = engine.backend.quantization["transformer"]
+    assert told["format"] == "SVDQuant (int4, rank 16)"
+    assert told["products"] == {"gemm_w4 with int8 activations and a low-rank branch": 10}
+    layers = layers_of(engine)
+    for ours, theirs in {
+        "transformer_blocks.0.attn.to_qkv": "transformer_blocks.0.qkv_proj",
+        "transformer_blocks.0.ff_context.net.2": "transformer_blocks.0.mlp_context_fc2",
+    }.items():
+        want = made[theirs].weight_NK / made[theirs].smooth_K + made[theirs].branch_NK
+        assert torch.allclose(layers[ours].quantized.dequantized(torch.float32).double(), want, atol=1e-4, rtol=0)
+    assert drawn(engine, **SIZE).isfinite().all()
+    for config, refusal in [
+        ({"rank": 32}, "nunchaku_config.rank=32: .* has 16"),
+        ({"precision": "fp4"}, "nunchaku_config.precision=fp4: .* has int4"),
+    ]:
+        with pytest.raises(UserError, match=refusal):
+            load(flux, transformer_weights_path=str(file), nunchaku_config=config)
+    with pytest.raises(UserError, match="nunchaku_config: no effect without transformer_weights_path"):
+        load(flux, nunchaku_config={"rank": 32})
 
 
 def test_plain_weights_from_elsewhere(flux: Path, tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ Nothing is read before it is asked for, so that shapes are known, and memory is 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -85,8 +85,10 @@ class QuantizedCheckpoint:
         layers: by the names of linear layers in diffusers' checkpoints ("blocks.0.attn1.to_q"), or of what our model
             packs them in ("blocks.0.attn1.to_qkv") where a file does so as well.
         tensors: all others, biases of these layers among them, by their whole names.
+        facts: what `--nunchaku-config` may demand: precision and rank.
     """
 
     format: str
     layers: Mapping[str, StoredLayer]
     tensors: Mapping[str, InFile]
+    facts: Mapping[str, str | int] = field(default_factory=dict)

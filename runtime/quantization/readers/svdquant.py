@@ -144,7 +144,8 @@ def read(files: Sequence[Path], config: Mapping[str, Any]) -> QuantizedCheckpoin
     for name, leaves in modulations.items():
         tensors |= _modulation(name, leaves)
     kept = ", modulation layers decoded" if modulations else ""
-    return QuantizedCheckpoint(f"SVDQuant ({precision}, rank {rank}; 16-bit activations{kept})", layers, tensors)
+    facts: dict[str, str | int] = {"precision": precision, "rank": rank}
+    return QuantizedCheckpoint(f"SVDQuant ({precision}, rank {rank}{kept})", layers, tensors, facts)
 
 
 def _name(module: str) -> str:
