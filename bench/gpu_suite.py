@@ -34,7 +34,6 @@ from sgl_diffusion.runtime.resolve import presets, resolve
 
 WORKERS = 8
 MOST_STEPS = 8  # of a comparison
-QUANTIZED = "black-forest-labs/FLUX.1-dev"
 WEIGHTS_SHARE = 0.85  # of the GPU's memory; the rest is for what the sides compute
 
 
@@ -101,10 +100,10 @@ def end_to_end(out: Path) -> bool:
 
 
 def quantized(out: Path) -> bool:
-    """Steps of a model at true size, in full and by every scheme, and what multiplied in them."""
-    rows = []
+    """Steps of the first model that is compared, in full and by every scheme, and what multiplied in them."""
+    rows, model = [], compared()[0]
     for scheme in (None, *SCHEMES):
-        server = {"model_path": QUANTIZED, "load_format": "dummy", "device": "cuda", "quantization": scheme}
+        server = {"model_path": model, "load_format": "dummy", "device": "cuda", "quantization": scheme}
         args = ServerArgs.model_validate(server)
         params = SamplingParams(prompt=["a cat"], num_inference_steps=MOST_STEPS, save_output=False)
         with Engine.load(args) as engine:
@@ -114,7 +113,7 @@ def quantized(out: Path) -> bool:
         rows.append({"scheme": scheme, "step_ms": report.median_step_ms, "receipt": receipt})
         print(f"{scheme or 'in full'}: {report.median_step_ms:.1f} ms a step, {receipt.get('products', '')}")
         torch.cuda.empty_cache()
-    write(out / "quantized.json", rows, model=QUANTIZED)
+    write(out / "quantized.json", rows, model=model)
     return True
 
 
