@@ -27,6 +27,7 @@ from sgl_diffusion.runtime.pipeline import NativePipeline, Record, ignore
 from sgl_diffusion.runtime.pixels import quantised
 from sgl_diffusion.runtime.quantization.layers import QuantizedLinear, SideBySide
 from sgl_diffusion.runtime.quantization.schemes import SCHEMES
+from sgl_diffusion.runtime.quantization.selection import layer_class
 from sgl_diffusion.runtime.report import versions
 from sgl_diffusion.runtime.request import resolve_request, spelled_out
 from sgl_diffusion.runtime.resolve import resolve
@@ -111,8 +112,8 @@ class LayerError:
 
     @property
     def layer_class(self) -> str:
-        """What layers with the same task in all blocks have in common: * for every number in the name."""
-        return ".".join("*" if part.isdigit() else part for part in self.layer.split("."))
+        """Of layers with the same task in all blocks."""
+        return layer_class(self.layer)
 
 
 class _Listener:

@@ -237,6 +237,7 @@ def test_the_receipt(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     told = report["effective"]["quantization"]["transformer"]
     assert told["format"] == "fp8" and set(told["products"]) == {"gemm_fp8"}
     assert told["products"]["gemm_fp8"] == told["layers"] > 0
+    assert told["classes"]["transformer_blocks.*.attn.to_qkv"] == "gemm_fp8"
     assert told["weights_mb"] < told["in_full_mb"]
     reasons = dict(told["kept"])
     assert reasons.pop("quantization_ignored_layers has attn.to_out") > 0

@@ -61,6 +61,11 @@ def select(key: str, module: nn.Module, scheme: Scheme, ignored: Sequence[str]) 
     return Selection(tuple(layers), kept)
 
 
+def layer_class(path: str) -> str:
+    """What layers with the same task in all blocks have in common: * for every number in the name."""
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+
+
 def linear_layers(module: nn.Module) -> dict[str, nn.Linear]:
     return {path: layer for path, layer in module.named_modules() if isinstance(layer, nn.Linear)}
 
