@@ -205,16 +205,16 @@ def _fill(
     """Gives a module memory on the device and has its parameters filled, by name: those of layers to quantise one by
     one, which are codes when the next one comes; then all others.
     """
+    wanted = [name for name, _ in module.named_parameters()]
     for path in quantization.select(module).layers if quantization else ():
         layer = module.get_submodule(path)
         weight = torch.empty_like(layer.get_parameter("weight"), device=device)
         fill({f"{path}.weight": weight})
         layer.weight = nn.Parameter(weight, requires_grad=False)
         quantization.quantize(module, path)  # type: ignore[union-attr]
-    left = [name for name, p in module.named_parameters() if p.is_meta]
     give_memory(module, device)
     parameters = dict(module.named_parameters())
-    fill({name: parameters[name].data for name in left})
+    fill({name: parameters[name].data for name in wanted if name in parameters})
 
 
 def give_memory(module: nn.Module, device: torch.device) -> None:

@@ -259,7 +259,7 @@ def test_verify_shows_layers_pictures_scores_and_what_holds(
 
 def test_weights_from_a_file_are_judged_by_the_models_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "int8"
-    quantize_checkpoint(ServerArgs(device="cpu", quantization="int8"), folder, [])
+    quantize_checkpoint(ServerArgs(device="cpu", quantization="int8"), folder)
     file, online = tmp_path / "f.json", tmp_path / "o.json"
     other = ("--transformer-weights-path", str(folder / "transformer"))
     for name, how in ((file, other), (online, ("--quantization", "int8"))):
