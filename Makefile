@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
-WORKERS ?= 2
+# one more than cores: many tests wait for processes of their own
+WORKERS ?= 3
 export PYTHONSAFEPATH = 1
 export HF_HUB_DISABLE_TELEMETRY = 1
 

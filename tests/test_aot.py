@@ -27,19 +27,16 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    # all dtypes everywhere, and sm_89, take minutes more: `sglang bench aot` by hand. CI compiles bf16 for sm_90 too,
-    # with the Triton that GPUs have
-    ("arch", "dtype"),
-    [("sm_80", "bf16"), ("sm_90", "fp32"), ("sm_100", "bf16")],
+    # fp32, and sm_89, take minutes more: `sglang bench aot` by hand. CI compiles for sm_90 with the Triton that GPUs have
+    "arch",
+    ["sm_80", "sm_100"],
 )
-def test_every_kernel_compiles_cleanly(arch: str, dtype: str, tmp_path: Path) -> None:
+def test_every_kernel_compiles_cleanly(arch: str, tmp_path: Path) -> None:
     report = tmp_path / "aot.json"
-    done = python(*SGLANG, "--arch", arch, "--dtype", dtype, "--json", str(report))
+    done = python(*SGLANG, "--arch", arch, "--dtype", "bf16", "--json", str(report))
     assert done.returncode == 0, "\n".join(line for line in done.stdout.splitlines() if "PROBLEM" in line) + done.stderr
     rows = json.loads(report.read_text())["rows"]
-    # products in fp32 are the library's, and attention in 8 bits takes half precision alone
-    without = {"gemm", "attention_int8", "attention_fp8"} if dtype == "fp32" else set()
-    assert {row["op"] for row in rows} == set(OPS) - without
+    assert {row["op"] for row in rows} == set(OPS)
     compiled = [row for row in rows if row["kernel"]]
     assert all(row["registers"] > 0 and row["occupancy"] > 0 for row in compiled)
     skipped = {row["op"] for row in rows if row["skipped"]}
