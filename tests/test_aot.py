@@ -27,7 +27,7 @@ def python(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize(
-    # fp32, and sm_89, take minutes more: `sglang bench aot` by hand. CI compiles for sm_90 with the Triton that GPUs have
+    # fp32, and sm_89, take minutes more: `sglang bench aot` by hand. CI compiles for sm_90 with the Triton of GPUs
     "arch",
     ["sm_80", "sm_100"],
 )

@@ -82,7 +82,10 @@ def test_a_wrong_answer_is_not_timed() -> None:
         (("kernels", "--plot", "k.jpg"), "plot=k.jpg: expected a name ending in .svg"),
         (("kernels", "--op", "ropes"), "invalid choice: 'ropes'"),
         (("tune", "--seconds", "0"), "seconds=0.0: expected more than 0"),
-        (("tunes",), "expected one of aot, e2e, kernels, launches, links, load, parallel, quality, serve, tune, vae; did you"),
+        (
+            ("tunes",),
+            "expected one of aot, e2e, kernels, launches, links, load, parallel, quality, serve, tune, vae; did you",
+        ),
     ],
 )
 def test_a_mistake_is_named(arguments: tuple[str, ...], message: str) -> None:
