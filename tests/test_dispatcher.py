@@ -94,6 +94,17 @@ class Server:
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
 
+    async def dies(self) -> None:
+        """The engine is killed, and this is noticed."""
+        self.kill_engine()
+        while self.dispatcher.engine.state == "ready":
+            await asyncio.sleep(0.01)
+
+    async def comes_back(self) -> None:
+        """What a dead engine had told before may still be on its way to watchers; not so when the next one is ready."""
+        while self.dispatcher.engine.state != "ready":
+            await asyncio.sleep(0.01)
+
     def files(self, job: Job) -> list[bytes]:
         return [(self.folders.results(job.id) / result.name).read_bytes() for result in job.results]
 
@@ -336,9 +347,7 @@ def test_a_job_whose_engine_is_killed_goes_on_to_the_same_bytes(
         restarts = server.dispatcher.engine.restarts
         job = await server.submit(seed=5, num_inference_steps=60)
         await server.reaches(job, 12)
-        server.kill_engine()
-        while server.dispatcher.engine.state == "ready":
-            await asyncio.sleep(0.01)
+        await server.dies()
         with pytest.raises(EngineAway) as away:
             await server.dispatcher.check({"prompt": [PROMPT]})
         assert away.value.retry_after >= 1 and "SIGKILL" in away.value.reason
@@ -355,16 +364,14 @@ def test_a_job_that_kills_the_engine_twice_fails_and_the_next_is_drawn(server: S
     async def scenario() -> None:
         job = await server.submit(num_inference_steps=2000)
         for _ in range(2):
+            await server.comes_back()
             await server.reaches(job, 2)
-            server.kill_engine()
-            while server.dispatcher.engine.state == "ready":
-                await asyncio.sleep(0.01)
+            await server.dies()
         ended = await server.end(job)
         assert ended.status is Status.FAILED and ended.failure is not None
         assert ended.failure.code == "engine_crashed"
         assert not server.folders.snapshot(job.id).exists()
-        while server.dispatcher.engine.state != "ready":
-            await asyncio.sleep(0.01)
+        await server.comes_back()
         assert (await server.end(await server.submit(num_inference_steps=1))).status is Status.COMPLETED
 
     run(scenario())

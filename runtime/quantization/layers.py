@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -47,9 +48,9 @@ class QuantizedLinear(nn.Module):
         return QuantizedWeight(self.kind, **tensors, weight_only=self.weight_only)
 
     @property
+    @abstractmethod
     def product(self) -> str:
         """What multiplies here, for the report."""
-        raise NotImplementedError
 
 
 class EightBitLinear(QuantizedLinear):

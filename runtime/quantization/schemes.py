@@ -157,7 +157,6 @@ class Scheme:
         columns, rows: of which a layer's inputs, and outputs, have to be a multiple.
         tolerance: up to 2.1 times the worst that the embedded model shows on a CPU (docs/quantization.md), where
             activations of mxfp8 and nvfp4 are numbers; on some GPUs they are codes. Rows are a bound against mistakes.
-        about: one line for help and docs.
     """
 
     name: str
@@ -166,7 +165,6 @@ class Scheme:
     columns: int
     rows: int
     tolerance: Tolerance
-    about: str
 
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -174,31 +172,21 @@ SCHEMES: Mapping[str, Scheme] = {
     for s in (
         Scheme(
             "fp8", partial(eight_bit, kind="fp8"), partial(with_fixed_scale, kind="fp8"), 16, 16,
-            Tolerance(0.03, 0.1, 0.055, 0.05, 2), "e4m3; a scale for every output and every token",
+            Tolerance(0.03, 0.1, 0.055, 0.05, 2),
         ),
-        Scheme(
-            "fp8_block", fp8_blocks, None, 16, 16,
-            Tolerance(0.03, 0.1, 0.055, 0.05, 2), "e4m3; a scale for 128 x 128 weights and 128 activations",
-        ),
+        Scheme("fp8_block", fp8_blocks, None, 16, 16, Tolerance(0.03, 0.1, 0.055, 0.05, 2)),
         Scheme(
             "int8", partial(eight_bit, kind="int8"), partial(with_fixed_scale, kind="int8"), 16, 16,
-            Tolerance(0.012, 0.1, 0.03, 0.02, 2), "a scale for every output and every token",
+            Tolerance(0.012, 0.1, 0.03, 0.02, 2),
         ),
         Scheme(
             "int4", int4, partial(smoothed, quantize=int4), GROUP, 16,
-            Tolerance(0.11, 0.3, 0.14, 0.14, 5), "weights alone; a scale for 64 of a row",
+            Tolerance(0.11, 0.3, 0.14, 0.14, 5),
         ),
         Scheme(
             "svdquant", svdquant, partial(smoothed, quantize=svdquant), GROUP, 16, Tolerance(0.1, 0.3, 0.11, 0.14, 2),
-            "int4 beside a branch of rank 32 in the model's dtype; int8 activations",
         ),
-        Scheme(
-            "mxfp8", mxfp8, None, 32, 16,
-            Tolerance(0.035, 0.15, 0.06, 0.05, 2), "e4m3; a power of two for 32 of a row",
-        ),
-        Scheme(
-            "nvfp4", nvfp4, None, 16, 16,
-            Tolerance(0.11, 0.3, 0.2, 0.16, 5), "e2m1; an e4m3 scale for 16 of a row",
-        ),
+        Scheme("mxfp8", mxfp8, None, 32, 16, Tolerance(0.035, 0.15, 0.06, 0.05, 2)),
+        Scheme("nvfp4", nvfp4, None, 16, 16, Tolerance(0.11, 0.3, 0.2, 0.16, 5)),
     )
 }  # fmt: skip
