@@ -16,11 +16,13 @@ from sgl_diffusion.models.family import ENCODERS, ONE_RANK, SETTINGS, AttentionF
 from sgl_diffusion.runtime.attention import shape_only_attention
 from sgl_diffusion.runtime.encoders import dummy_encoder, read_processor
 from sgl_diffusion.runtime.parallel.mesh import ONE, Mesh
-from sgl_diffusion.runtime.parallel.rows import RankBands
+from sgl_diffusion.runtime.parallel.rows import RankBands, check_rows
+from sgl_diffusion.runtime.parallel.shares import check_shares
 from sgl_diffusion.runtime.parallel.tensor import share_denoiser
 from sgl_diffusion.runtime.parallel.usp import Usp
 from sgl_diffusion.runtime.plan import Plan
 from sgl_diffusion.runtime.quantization.component import Quantization
+from sgl_diffusion.runtime.request import Job, Request, settle
 from sgl_diffusion.runtime.schedulers import DMD, Sampler, read_scheduler
 
 AT_WORK: Mapping[str, tuple[str, ...]] = {
@@ -78,12 +80,31 @@ class Blueprint:
         """A processor of the family's own. Raises as `module`."""
         return self.module(key, attention)
 
-    def check(self) -> None:
-        """Raises ConfigError if a component's config is not understood."""
-        for key, kind in self.kinds.items():
-            if kind in ("denoiser", "vae", "processor"):
-                self.module(key, attention)
+    def check(self, requests: Sequence[Request]) -> None:
+        """Before anything is loaded.
+
+        Raises:
+            ConfigError: a component's config is not understood.
+            UserError: a request cannot be honoured.
+        """
         self.sampler()
+        native = [key for key, kind in self.kinds.items() if kind in ("denoiser", "vae", "processor")]
+        parts = {key: self.module(key, attention) for key in native}
+        for request in requests:
+            self.settle(request, parts)
+
+    def settle(self, request: Request, parts: Mapping[str, Any]) -> Job:
+        """What a request comes to. Of the parts by component, the family's own are enough; shapes alone will do.
+
+        Raises:
+            UserError: anything this family or checkpoint cannot honour, or has no part in for some ranks.
+        """
+        family = self.family_of(parts)
+        job = settle(request, self.defaults, family, self.sampler())
+        check_shares(self.plan.layout, job, family)
+        if self.plan.vae_sp:
+            check_rows(job.size.height // parts["vae"].config.downsampling, self.plan.layout.ranks)
+        return job
 
     def sampler(self) -> Sampler:
         """Raises ConfigError for one that is not implemented."""

@@ -54,15 +54,24 @@ class Output:
 def plan_outputs(params: SamplingParams, request: Request, *, is_video: bool) -> list[Path]:
     """File names of a request's results, in a folder that exists and can be written.
 
+    Raises:
+        UserError: an unwritable folder; what `check_outputs` raises.
+    """
+    paths = check_outputs(params, request, is_video=is_video)
+    _make_writable(Path(params.output_path))
+    return paths
+
+
+def check_outputs(params: SamplingParams, request: Request, *, is_video: bool) -> list[Path]:
+    """File names of a request's results, of which nothing is made yet.
+
     A name the user gave is replaced only if that file holds the same request; names of our own never collide.
 
     Raises:
-        UserError: an unwritable folder, a name or suffix that cannot be written, a quality the format does not have,
-            a file of another run.
+        UserError: a name or suffix that cannot be written, a quality the format does not have, a file of another run.
     """
     folder = Path(params.output_path)
     paths = [folder / name for name in output_names(params, request, is_video=is_video)]
-    _make_writable(folder)
     for index, path in enumerate(paths):
         if path.exists():
             if (read_metadata(path) or {}).get("digest") != request_digest(request, index):

@@ -29,8 +29,6 @@ from sgl_diffusion.runtime.live_bytes import Gauge
 from sgl_diffusion.runtime.memory import MemoryPlanner
 from sgl_diffusion.runtime.offload import DeviceStreams, Offload
 from sgl_diffusion.runtime.parallel.lockstep import ALONE, DrawOrder, Lockstep, Stopped
-from sgl_diffusion.runtime.parallel.rows import check_rows
-from sgl_diffusion.runtime.parallel.shares import check_shares
 from sgl_diffusion.runtime.parallel.tensor import receipt
 from sgl_diffusion.runtime.parts import load_parts
 from sgl_diffusion.runtime.pixels import to_pixels
@@ -38,7 +36,7 @@ from sgl_diffusion.runtime.plan import Plan, dtype_name
 from sgl_diffusion.runtime.prewarm import compile_kernels
 from sgl_diffusion.runtime.rehearsal import Workload
 from sgl_diffusion.runtime.report import Accounting, MemoryReport, StageTime
-from sgl_diffusion.runtime.request import Job, Request, settle
+from sgl_diffusion.runtime.request import Job, Request
 from sgl_diffusion.runtime.snapshots import Snapshot, digests
 from sgl_diffusion.runtime.tape import Tapes
 from sgl_diffusion.runtime.trace import Stopwatch
@@ -163,16 +161,8 @@ class NativePipeline:
     # -- a request ----------------------------------------------------------------
 
     def prepare(self, request: Request) -> Job:
-        """What a request comes to here.
-
-        Raises:
-            UserError: anything this family or checkpoint cannot honour, or has no part in for some ranks.
-        """
-        job = settle(request, self.defaults, self.family, self.sampler)
-        check_shares(self.plan.layout, job, self.family)
-        if self.plan.vae_sp:
-            check_rows(job.size.height // self.parts["vae"].config.downsampling, self.plan.layout.ranks)
-        return job
+        """What a request comes to here. Raises UserError if it cannot be honoured."""
+        return self.blueprint.settle(request, self.parts)
 
     @torch.inference_mode()
     def run(

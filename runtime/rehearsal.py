@@ -29,7 +29,7 @@ from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.graphs import Graphs
 from sgl_diffusion.runtime.live_bytes import LiveBytes
 from sgl_diffusion.runtime.pixels import quantised
-from sgl_diffusion.runtime.request import Job, Request, guided_by_default, schedule_of, settle
+from sgl_diffusion.runtime.request import Job, Request, guided_by_default, schedule_of
 from sgl_diffusion.runtime.schedulers import Schedule
 from sgl_diffusion.runtime.tape import Tapes
 
@@ -142,8 +142,7 @@ class Rehearsal:
 
     def workload(self, request: Request, *, decode_only: bool = False) -> Workload:
         """Of a request to a model that may not be loaded yet. Raises UserError if the model cannot honour it."""
-        job = settle(request, self.blueprint.defaults, self.family, self.blueprint.sampler())
-        return Workload.of(job, decode_only=decode_only)
+        return Workload.of(self.blueprint.settle(request, self.parts), decode_only=decode_only)
 
     def usual_workload(self, defaults: Defaults) -> Workload:
         """Of one result by these defaults, from as few given pictures as there have to be."""

@@ -246,7 +246,12 @@ def _plan(
     native: bool,
     weights: Weights = Weights(),
 ) -> MemoryPlanner:
-    """The planner holds the blueprint. Raises ConfigError if the native family does not understand a config."""
+    """The planner holds the blueprint.
+
+    Raises:
+        ConfigError: the native family does not understand a config.
+        UserError: it cannot be run as asked, or not draw what is asked for.
+    """
     requests = [resolve_request(p, sampling_defaults, args) for p in params]
     usual = overridden(defaults, sampling_defaults)
     vae_options = {
@@ -273,7 +278,7 @@ def _plan(
     plan = make_plan(args, kinds, native=native, heads=heads, choose_offload=choose_offload)
     blueprint = blueprint_of(plan)
     if native:
-        blueprint.check()
+        blueprint.check(requests)
     return MemoryPlanner(blueprint, args, rehearsal)
 
 

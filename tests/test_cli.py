@@ -160,6 +160,8 @@ def test_mistakes_are_found_before_the_work(tiny: Tiny, tmp_path: Path, words: l
                   *words, cwd=tmp_path)  # fmt: skip
     assert_refused(done, told)
     assert files(tmp_path) == []
+    needs_the_model = told.startswith(("max_sequence_length", "output_path"))  # its tokenizer, and no stray folder
+    assert ("INFO: loaded" in done.stderr) == needs_the_model
 
 
 def test_a_corrupt_file_is_named(tiny: Tiny, tmp_path: Path) -> None:
