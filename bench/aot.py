@@ -11,8 +11,6 @@ import contextlib
 import io
 import json
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
@@ -26,6 +24,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from sgl_diffusion.bench.absent import GPUS, Gpu, absent
+from sgl_diffusion.bench.disassembly import MachineCode, disassemble
 from sgl_diffusion.bench.tables import noted_rows
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.catalog import OPS
@@ -101,16 +100,14 @@ def compile_case(case: Case, gpu: Gpu) -> tuple[list[Compiled], dict[int, launch
 
 # -- inspection -------------------------------------------------------------------
 
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 _PRODUCT = re.compile(r"tt\.dot .*: tensor<(?:\d+x)+(\w+)>")
 _SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 
 
-def inspect(arch: str, case: Case, compiled: Compiled, form: str, allowed_local: int) -> Row:
+def inspect(arch: str, case: Case, compiled: Compiled, machine: MachineCode, form: str, allowed_local: int) -> Row:
     """Resources of a kernel and what is wrong with it. `allowed_local` bytes may spill, if its tile says so."""
     gpu, code = GPUS[arch], compiled.code
-    registers, stack, sass = _disassemble(code.asm["cubin"])
-    instructions = Counter(_INSTRUCTION.findall(sass))
+    registers, stack, instructions = machine.registers, machine.stack, machine.instructions
     names = {name.partition(".")[0] for name in instructions}
     loads, stores = _widths(instructions, ("LDG", "LDGSTS")), _widths(instructions, ("STG",))
     shared, warps = code.metadata.shared, code.metadata.num_warps
@@ -169,24 +166,6 @@ def _widths(instructions: Counter[str], kinds: tuple[str, ...]) -> dict[str, int
     return {width: widths[width] for width in ("TMA", "128", "64", "32", "16", "8") if widths[width]}
 
 
-def _disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """Registers, bytes of stack and local memory, and instructions, by the tools in Triton's wheel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = _output(knobs.nvidia.cuobjdump.path, "-res-usage", file.name)
-        sass = _output(knobs.nvidia.nvdisasm.path, "-c", "-ndf", file.name)  # branch targets do not matter
-    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage said nothing about registers: {usage.strip()!r}")
-    registers, stack, local = map(int, found.groups())
-    return registers, stack + local, sass
-
-
-def _output(*command: str) -> str:
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-
 def _blocks_per_sm(gpu: Gpu, registers: int, shared: int, warps: int) -> int:
     registers_per_warp = -(-registers * 32 // 256) * 256  # allocated 256 at a time
     return min(
@@ -214,6 +193,7 @@ def check(arch: str, ops: list[Op], dtypes: Collection[torch.dtype]) -> Iterator
     for op in ops:
         table = launch.tile_table(arch)[op.name]
         unused = set(range(len(table)))
+        made: list[tuple[Case, Compiled, str, int]] = []
         for size in op.production:
             for case in (Case(op, size, dtype) for dtype in op.dtypes if dtype in dtypes):
                 try:
@@ -224,7 +204,10 @@ def check(arch: str, ops: list[Op], dtypes: Collection[torch.dtype]) -> Iterator
                 unused -= set(rows)
                 form = next((tile["form"] for tile in rows.values() if "form" in tile), "")
                 allowed = max((table[number].get("local_bytes", 0) for number in rows), default=0)
-                yield from (inspect(arch, case, c, form, allowed) for c in compiled)
+                made += [(case, c, form, allowed) for c in compiled]
+        machines = disassemble([c.code.asm["cubin"] for _, c, _, _ in made], GPUS[arch].capability)
+        for (case, c, form, allowed), machine in zip(made, machines, strict=True):
+            yield inspect(arch, case, c, machine, form, allowed)
         if unused and len(dtypes) == len(DTYPES):
             numbers = ", ".join(map(str, sorted(unused)))
             yield Row(arch, op.name, "", problems=[f"tuned/{arch}.json: no production size uses row {numbers}"])
