@@ -72,6 +72,10 @@ def check_outputs(params: SamplingParams, request: Request, *, is_video: bool) -
     """
     folder = Path(params.output_path)
     paths = [folder / name for name in output_names(params, request, is_video=is_video)]
+    try:
+        paths[0].exists()
+    except OSError as e:  # a folder that cannot be: its name is too long
+        raise UserError(f"output_path={folder}: cannot be written: {e.strerror}") from e
     for index, path in enumerate(paths):
         if path.exists():
             if (read_metadata(path) or {}).get("digest") != request_digest(request, index):
