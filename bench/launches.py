@@ -129,13 +129,14 @@ def count_diffusers(family: type[Family], preset: Preset, size: Size, arch: str)
 
 
 def spellings(hub_id: str) -> tuple[str, ...]:
-    """A hub id, and its name in small letters, with and without the dots of its version."""
-    short = hub_id.rpartition("/")[2].lower().removesuffix("-diffusers")
-    return hub_id, short, short.replace(".", "")
+    """A hub id, and its name in small letters: without what needs no word, with and without the dots of its version."""
+    full = hub_id.rpartition("/")[2].lower().removesuffix("-diffusers")
+    names = dict.fromkeys((full, full.replace("-t2v", "")))  # of models of clips, those that take no pictures are meant
+    return hub_id, *names, *(name.replace(".", "") for name in names)
 
 
 def find(model: str) -> tuple[type[Family], Preset]:
-    """A preset by its hub id, or by its name in small letters, with or without the dots of its version."""
+    """A preset by one of its spellings."""
     known = {}
     for path in FAMILIES.values():
         module, _, name = path.partition(":")

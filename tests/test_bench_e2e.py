@@ -92,4 +92,7 @@ def test_presets_have_short_names() -> None:
     assert (
         e2e._model_path("flux1-dev", Path()) == e2e._model_path("flux.1-dev", Path()) == "black-forest-labs/FLUX.1-dev"
     )
+    for short in ("wan2.1-t2v-14b", "wan2.1-14b", "wan21-14b"):
+        assert e2e._model_path(short, Path()) == "Wan-AI/Wan2.1-T2V-14B-Diffusers"
+    assert e2e._model_path("wan2.1-1.3b", Path()) == "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
     assert e2e._model_path("some/folder", Path()) == "some/folder"
