@@ -87,6 +87,8 @@ class Server:
         yield
         await self.dispatcher.cancel(long.id)
         await self.end(long)
+        while long.id not in self.ended:  # a watcher that asks the database may know it before
+            await asyncio.sleep(0.01)
         self.ended.remove(long.id)
 
     def kill_engine(self) -> None:

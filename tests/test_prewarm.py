@@ -98,7 +98,7 @@ print(len(compiled), len(wanted - compiled))
     ("arch", "model", "scheme", "rounds"),
     [
         ("sm_80", "black-forest-labs/FLUX.1-dev", "fp8", 4),
-        ("sm_90", "black-forest-labs/FLUX.1-dev", None, 5),
+        ("sm_90", "black-forest-labs/FLUX.1-dev", None, 8),
         ("sm_90", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", None, 3),
         ("sm_90", "Tongyi-MAI/Z-Image-Turbo", "fp8", 4),
         ("sm_90", "black-forest-labs/FLUX.2-klein-4B", None, 4),
@@ -118,7 +118,7 @@ def test_whatever_size_is_asked_for_its_kernels_are_compiled(
 
 
 def test_a_second_process_compiles_nothing(cache: Path) -> None:
-    first, second = (prewarm("--arch", "sm_90") for _ in range(2))
+    first, second = (prewarm("--arch", "sm_80") for _ in range(2))
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     compiled = int(first.stdout.split()[1].strip(","))
     assert compiled > 40
