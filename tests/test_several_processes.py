@@ -68,14 +68,15 @@ def assert_drawn(folder: Path, alone: np.ndarray[Any, Any], what: str) -> None:
 # -- who starts them -----------------------------------------------------------------
 
 
-def test_sglang_starts_the_ranks(tmp_path: Path, alone: np.ndarray[Any, Any]) -> None:
+@pytest.mark.parametrize("layout", [U2, U2R2], ids=["ulysses 2", "ulysses 2 x ring 2"])
+def test_sglang_starts_the_ranks(layout: tuple[str, ...], tmp_path: Path, alone: np.ndarray[Any, Any]) -> None:
     dump = ("--perf-dump-path", "report.json")
-    code, out, error = run(SGLANG, "generate", *REQUEST, *U2R2, *dump, cwd=tmp_path)
+    code, out, error = run(SGLANG, "generate", *REQUEST, *layout, *dump, cwd=tmp_path)
     assert code == 0, error
     assert out.count("saved ") == 1 and "Traceback" not in error
-    assert_drawn(tmp_path, alone, " ".join(U2R2))
+    assert_drawn(tmp_path, alone, " ".join(layout))
     parallel = json.loads((tmp_path / "report.json").read_text())["effective"]["parallel"]
-    assert parallel["ulysses"] == 2 and parallel["ranks"] == 4
+    assert parallel["ulysses"] == 2 and parallel["ranks"] == int(layout[1])
     assert parallel["sent"]["ulysses"]["all_to_all"]["bytes"] > 0
 
 
