@@ -147,7 +147,8 @@ class DiffusersPipeline:
                 continue
             call_name = CALL_NAMES.get(name, name)
             if call_name not in self.call_arguments:
-                raise UserError(f"{name}={value}: {self.pipeline_class} does not take it")
+                hint = "; pipeline_class_name can name a pipeline that does" if name == "image_path" else ""
+                raise UserError(f"{name}={value}: {self.pipeline_class} does not take it{hint}")
             pictures = name == "image_path"
             arguments |= _input_pictures(value, self.call_arguments) if pictures else {call_name: value}
         if request.negative_prompt is not None and "negative_prompt" not in self.call_arguments:

@@ -177,9 +177,11 @@ class Eavesdropper:
         self.undo.enter_context(replaced(pipe.vae, "decode", heard_decode))
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *raised: object) -> None:
         """What a denoiser sees of given pictures is beside the state, in more channels, or is its first frame."""
         self.undo.close()
+        if kind is not None:  # little was heard
+            return
         seen = self.seen
         seen["timesteps"] = torch.tensor(self.timesteps)
         B, C = seen["initial_latents"].shape[:2]

@@ -91,6 +91,11 @@ def test_every_stage_equals_diffusers(
     assert ("encoder_hidden_states_image" in compared) == (name in ("wan_i2v", "wan_flf2v"))
 
 
+def test_a_judge_that_takes_no_pictures_says_so(tiny: Tiny, pictures: list[str]) -> None:
+    with pytest.raises(UserError, match="WanPipeline does not take it; pipeline_class_name can name"):
+        check(tiny("wan22_ti2v"), image_path=pictures[:1])
+
+
 TILED = {"vae_tiling": True, "vae_config": {"tile_sample_min_height": 64, "tile_sample_min_width": 64}}
 
 
