@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -186,17 +186,8 @@ def test_attention_backend_of_diffusers_is_chosen_and_reported(tiny: Tiny) -> No
     assert others.value == "native", "the next model in this process did not ask for it"
 
 
-def test_compiled_blocks_draw_the_same_picture(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both backends, with one block list compiled: traced by Dynamo, and run as traced. The C++ that Inductor would
-    write takes a minute, and is its own affair; tests/test_prewarm.py has some written.
-    """
-    traced: list[int] = []
-
-    def run_as_traced(graph: torch.fx.GraphModule, inputs: Sequence[torch.Tensor], **options: object) -> object:
-        traced.append(len(graph.graph.nodes))
-        return graph.forward
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", run_as_traced)
+def test_compiled_blocks_draw_the_same_picture(tiny: Tiny, traced: list[int]) -> None:
+    """Both backends, with one block list compiled."""
     for backend in ("sglang", "diffusers"):
         server = {"backend": backend, "pipeline_class_name": "FluxPipeline", "trust_remote_code": True}
         plain, compiled = (load(tiny("custom"), **server, enable_torch_compile=c) for c in (False, True))

@@ -172,6 +172,13 @@ def test_offloaded_layers_draw_the_same(tiny: Callable[[str], Path]) -> None:
         assert torch.equal(drawn(engine, **SIZES["flux"]), resident)
 
 
+def test_blocks_of_codes_are_compiled(tiny: Callable[[str], Path], traced: list[int]) -> None:
+    options, size = {"quantization": "svdquant"}, SIZES["flux"]
+    expected = drawn(load(tiny("flux"), **options), **size)
+    assert torch.equal(drawn(load(tiny("flux"), enable_torch_compile=True, **options), **size), expected)
+    assert sum(traced) > 200, "nothing was compiled"
+
+
 def test_dummies_are_quantised(tiny: Callable[[str], Path]) -> None:
     engine = load(tiny("flux"), quantization="svdquant", load_format="dummy")
     assert drawn(engine, **SIZES["flux"]).isfinite().all() and layers_of(engine)
