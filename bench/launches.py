@@ -129,9 +129,12 @@ def count_diffusers(family: type[Family], preset: Preset, size: Size, arch: str)
 
 
 def spellings(hub_id: str) -> tuple[str, ...]:
-    """A hub id, and its name in small letters: without what needs no word, with and without the dots of its version."""
+    """A hub id, and its name in small letters, with and without the dots of its version.
+
+    "t2v" may be left out: of models of clips, those that take no pictures are meant then.
+    """
     full = hub_id.rpartition("/")[2].lower().removesuffix("-diffusers")
-    names = dict.fromkeys((full, full.replace("-t2v", "")))  # of models of clips, those that take no pictures are meant
+    names = dict.fromkeys((full, full.replace("-t2v", "")))
     return hub_id, *names, *(name.replace(".", "") for name in names)
 
 

@@ -20,6 +20,7 @@ from sgl_diffusion.runtime.parallel.rows import RankBands, check_rows
 from sgl_diffusion.runtime.parallel.shares import check_shares
 from sgl_diffusion.runtime.parallel.tensor import share_denoiser
 from sgl_diffusion.runtime.parallel.usp import Usp
+from sgl_diffusion.runtime.pictures import is_url
 from sgl_diffusion.runtime.plan import Plan
 from sgl_diffusion.runtime.quantization.component import Quantization
 from sgl_diffusion.runtime.request import Job, Request, settle
@@ -85,13 +86,15 @@ class Blueprint:
 
         Raises:
             ConfigError: a component's config is not understood.
-            UserError: a request cannot be honoured.
+            UserError: a request cannot be honoured. Those with pictures that have to be fetched are not looked at: they
+                are fetched when they are drawn from.
         """
         self.sampler()
         native = [key for key, kind in self.kinds.items() if kind in ("denoiser", "vae", "processor")]
         parts = {key: self.module(key, attention) for key in native}
         for request in requests:
-            self.settle(request, parts)
+            if not any(map(is_url, request.given.get("image_path", ()))):
+                self.settle(request, parts)
 
     def settle(self, request: Request, parts: Mapping[str, Any]) -> Job:
         """What a request comes to. Of the parts by component, the family's own are enough; shapes alone will do.

@@ -31,9 +31,7 @@ from sgl_diffusion.runtime.parallel.steps import denoiser_dtype, warning_of
 from sgl_diffusion.runtime.pipeline import NativePipeline
 from sgl_diffusion.runtime.prewarm import throw_away_requests
 from sgl_diffusion.runtime.reading import READERS
-from sgl_diffusion.runtime.report import (
-    LoadReport,
-)
+from sgl_diffusion.runtime.report import LoadReport
 from sgl_diffusion.runtime.request import resolve_request
 from sgl_diffusion.runtime.resolve import Resolved, resolve
 from sgl_diffusion.runtime.run import Run, check_files, report_failed_load

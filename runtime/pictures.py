@@ -40,6 +40,11 @@ def read_pictures(paths: Sequence[str]) -> list[Image.Image]:
     return [_read_picture(path) for path in paths]
 
 
+def is_url(path: str) -> bool:
+    """Whether it has to be fetched."""
+    return path.startswith(("http://", "https://"))
+
+
 def _read_picture(path: str) -> Image.Image:
     try:
         with warnings.catch_warnings():
@@ -57,7 +62,7 @@ def _read_picture(path: str) -> Image.Image:
 def _read_bytes(path: str) -> bytes:
     if path.startswith("data:"):
         data = decode_data_uri(path)
-    elif path.startswith(("http://", "https://")):
+    elif is_url(path):
         with urllib.request.urlopen(path, timeout=DOWNLOAD_SECONDS) as answer:
             data = _read_bounded(answer)
     else:

@@ -140,7 +140,6 @@ class NativePipeline:
         self.folders, self.mesh, self.lockstep, plan = folders, blueprint.mesh, lockstep, blueprint.plan
         self.memory = memory or MemoryPlanner(blueprint, args)
         self.last_run: tuple[Workload, bool] | None = None  # and whether it was decoded in tiles
-        self.sampler = blueprint.sampler()
         loaded = load_parts(blueprint, folders, args)
         self.parts, self.loaded, self.quantization = loaded.parts, loaded.reports, loaded.quantization
         self.attention, self.encoder_attention = loaded.attention, loaded.encoder_attention
@@ -354,7 +353,7 @@ class NativePipeline:
             "parallel": self.mesh.report() | ranks_share(self.blueprint, self.parts),
             "cuda_graph": {stage: graphs.report() for stage, graphs in self.graphs.items()},
             "guidance": asdict(guidance),
-            "scheduler": type(self.sampler).__name__,
+            "scheduler": type(self.blueprint.sampler()).__name__,
             "batch": dict(self.neighbours.took),
             "size": [job.size.height, job.size.width],
             "num_frames": job.size.frames,

@@ -4,7 +4,6 @@ import os
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -35,22 +34,6 @@ def repaired_interpreter() -> Iterator[None]:
 
     with interpreter.repaired_interpreter():
         yield
-
-
-@pytest.fixture
-def traced(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """torch.compile traces, and runs what it traced as it is; the sizes of the graphs, as they come.
-
-    The C++ that Inductor would write takes a minute, and is its own affair; tests/test_prewarm.py has some written.
-    """
-    sizes: list[int] = []
-
-    def run_as_traced(graph: Any, inputs: Any, **options: Any) -> Any:
-        sizes.append(len(graph.graph.nodes))
-        return graph.forward
-
-    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", run_as_traced)
-    return sizes
 
 
 @pytest.fixture

@@ -60,13 +60,15 @@ def test_the_same_request_gives_the_same_bytes_and_a_report(tiny: Tiny, tmp_path
     """And may be repeated, where another one does not take its file."""
     file = ("--output-path", ".", "--output-file-name", "a.png")
     words = ("generate", "--model-path", tiny("flux"), "--seed", "1", *file, *SMALL)
-    drawn = []
+    drawn, written = [], []
     for run in ("one", "two"):
         done = sglang(*words, "--prompt", "a red circle", "--perf-dump-path", f"{run}.json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
         assert "saved a.png" in done.stdout
         drawn.append((tmp_path / "a.png").read_bytes())
+        written.append((tmp_path / "a.png").stat().st_mtime_ns)
     assert_refused(sglang(*words, "--prompt", "a blue circle", cwd=tmp_path), "output_file_name=a.png", "another run")
+    assert written[0] < written[1] == (tmp_path / "a.png").stat().st_mtime_ns, "drawn twice, and left alone then"
     assert drawn[0] == drawn[1] == (tmp_path / "a.png").read_bytes()
     report = json.loads((tmp_path / "one.json").read_text())
     assert [s["name"] for s in report["steps"]] == [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import resource
 import subprocess
 import sys
@@ -94,6 +95,23 @@ def test_every_stage_equals_diffusers(
 def test_a_judge_that_takes_no_pictures_says_so(tiny: Tiny, pictures: list[str]) -> None:
     with pytest.raises(UserError, match="WanPipeline does not take it; pipeline_class_name can name"):
         check(tiny("wan22_ti2v"), image_path=pictures[:1])
+
+
+def test_a_picture_is_fetched_once(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Links may work once. What is settled before the model is loaded waits for the picture then."""
+    noise = np.random.default_rng(0).integers(0, 256, (64, 96, 3), np.uint8)
+    Image.fromarray(noise).save(file := io.BytesIO(), "PNG")
+    fetched: list[str] = []
+
+    def fetch(url: str, timeout: float) -> io.BytesIO:
+        fetched.append(url)
+        return io.BytesIO(file.getvalue())
+
+    monkeypatch.setattr("urllib.request.urlopen", fetch)
+    like = asked(image_path=["http://somewhere/a.png"], num_frames=5, num_inference_steps=1)
+    engine = Engine.load(ServerArgs(model_path=str(tiny("wan22_ti2v")), device="cpu"), like=like)
+    assert not fetched
+    assert engine.run(like).outputs and fetched == ["http://somewhere/a.png"]
 
 
 TILED = {"vae_tiling": True, "vae_config": {"tile_sample_min_height": 64, "tile_sample_min_width": 64}}

@@ -66,7 +66,9 @@ def test_autoencoders_are_the_published_sizes(name: str) -> None:
     ("model", "size", "launches_of_a_block", "blocks", "diffusers_total"),
     [
         ("wan21-t2v-14b", (720, 1280, 81), 13, 40, 2433),
+        ("wan2.1-t2v-1.3b", (480, 832, 81), 13, 30, 1833),
         ("wan21-i2v-14b-480p", (480, 832, 81), 15, 40, 2643),
+        ("wan22-i2v-a14b", (720, 1280, 81), 13, 40, 2433),
         ("wan22-ti2v-5b", (704, 1280, 121), 13, 30, 1832),
     ],
 )
