@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from http.client import HTTPConnection
 from itertools import cycle
@@ -15,7 +17,7 @@ from typing import Any
 import httpx
 import torch
 
-from sgl_diffusion.bench.traffic import Amount, Target, closed_loop, spread
+from sgl_diffusion.bench.traffic import Amount, Target, closed_loop, pictures_of, spread
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import RunFailure
@@ -23,6 +25,7 @@ from sgl_diffusion.runtime.option import parse
 
 BUSY_CLIENTS = 4  # so that the engine always has a next one
 BETWEEN_GETS_S = 0.01
+AT_REST_S = 0.02  # after an engine's work its threads still spin a little, on cores that the other needs
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,13 @@ async def measure(target: Target, model: Mapping[str, Any], requests: int, warmu
     """
     engine = Engine.load(parse(ServerArgs, model))
     latency, inside, bare = [], [], []
-    with tempfile.TemporaryDirectory(prefix="sglang-bench-") as folder:
+    with (
+        tempfile.TemporaryDirectory(prefix="sglang-bench-") as folder,
+        closing(_plain_client(target.client)) as client,
+    ):
         for index in range(warmup + requests):
-            body = target.bodies[index % len(target.bodies)]
-            took, report = await _through_server(target, index)
-            alone = _by_engine(engine, body, f"{folder}/{index}")
+            took, report = _through_server(client, target, index)
+            alone = _by_engine(engine, target.bodies[index % len(target.bodies)], f"{folder}/{index}")
             if index >= warmup:
                 latency.append(took)
                 inside.append(report["total_duration_ms"])
@@ -72,12 +77,21 @@ async def measure(target: Target, model: Mapping[str, Any], requests: int, warmu
     )
 
 
-async def _through_server(target: Target, index: int) -> tuple[float, Mapping[str, Any]]:
-    answer = await target.request(index, time.perf_counter())
-    if answer.job is None:
-        raise RunFailure(f"a request of the measurement was not answered: {answer.error}")
-    report = await target.client.get(f"/v1/images/{answer.job}/report")
-    return answer.latency_ms, report.raise_for_status().json()
+def _plain_client(like: httpx.AsyncClient) -> HTTPConnection:
+    """The plainest of clients: what it takes itself is counted too."""
+    return HTTPConnection(like.base_url.host, like.base_url.port)
+
+
+def _through_server(client: HTTPConnection, target: Target, index: int) -> tuple[float, Mapping[str, Any]]:
+    """Milliseconds until the picture is there, and the engine's report of it."""
+    time.sleep(AT_REST_S)
+    body = json.dumps(target.bodies[index % len(target.bodies)])
+    started = time.perf_counter()
+    answer = _ask(client, target.client, "POST", "/v1/images/generations", body)
+    took = (time.perf_counter() - started) * 1000
+    told = json.loads(answer)
+    target.check(index, told["id"], pictures_of(told))
+    return took, json.loads(_ask(client, target.client, "GET", f"/v1/images/{told['id']}/report"))
 
 
 def _by_engine(engine: Engine, body: Mapping[str, Any], folder: str) -> float:
@@ -95,7 +109,7 @@ async def _gets_while_busy(target: Target, requests: int) -> dict[str, dict[str,
     """Latencies of GET, one after the other, while clients keep the engine drawing."""
     job, over = next(iter(target.jobs)), threading.Event()
     paths = ["/health", "/v1/models", "/server_info", "/v1/videos", f"/v1/images/{job}/content"]
-    asking = asyncio.create_task(asyncio.to_thread(_ask, target.client, paths, over))
+    asking = asyncio.create_task(asyncio.to_thread(_get_in_turn, target.client, paths, over))
     try:
         await closed_loop(target.request, BUSY_CLIENTS, Amount(requests))
     finally:
@@ -105,24 +119,25 @@ async def _gets_while_busy(target: Target, requests: int) -> dict[str, dict[str,
     return told | {"all": spread([value for values in found.values() for value in values])}
 
 
-def _ask(like: httpx.AsyncClient, paths: Sequence[str], over: threading.Event) -> dict[str, list[float]]:
-    """In a thread, and with the plainest of clients: what it takes itself is counted too.
-
-    Raises:
-        RunFailure: an answer is not 200.
-    """
-    connection = HTTPConnection(like.base_url.host, like.base_url.port)
-    headers = {"authorization": like.headers["authorization"]} if "authorization" in like.headers else {}
+def _get_in_turn(like: httpx.AsyncClient, paths: Sequence[str], over: threading.Event) -> dict[str, list[float]]:
+    """In a thread, until it is over: milliseconds by path."""
     found: dict[str, list[float]] = {path: [] for path in paths}
-    for path in cycle(paths):
-        if over.wait(BETWEEN_GETS_S):
-            connection.close()
-            return found
-        started = time.perf_counter()
-        connection.request("GET", path, headers=headers)
-        answer = connection.getresponse()
-        answer.read()
-        found[path].append((time.perf_counter() - started) * 1000)
-        if answer.status != 200:
-            raise RunFailure(f"GET {path} was answered with {answer.status}")
+    with closing(_plain_client(like)) as client:
+        for path in cycle(paths):
+            if over.wait(BETWEEN_GETS_S):
+                return found
+            started = time.perf_counter()
+            _ask(client, like, "GET", path)
+            found[path].append((time.perf_counter() - started) * 1000)
     raise AssertionError("a cycle has no end")
+
+
+def _ask(client: HTTPConnection, like: httpx.AsyncClient, method: str, path: str, body: str | None = None) -> bytes:
+    """Raises RunFailure if the answer is not 200."""
+    headers = {name: like.headers[name] for name in ("authorization",) if name in like.headers}
+    client.request(method, path, body, headers | {"content-type": "application/json"})
+    answer = client.getresponse()
+    told = answer.read()
+    if answer.status != httpx.codes.OK:
+        raise RunFailure(f"{method} {path} was answered with {answer.status}: {told[:200].decode(errors='replace')}")
+    return told

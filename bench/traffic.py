@@ -105,17 +105,22 @@ class Target:
         except (httpx.TransportError, _NotDrawn) as e:
             return Answer("failed", _since(due), error=str(e) or type(e).__name__)
         latency_ms = _since(due)
+        self.check(index, job, results)
+        return Answer("completed", latency_ms, job)
+
+    def check(self, index: int, job: str, results: bytes) -> None:
+        """What a request was answered with. Raises RunFailure as `request`."""
+        which = index % len(self.bodies)
         if job in self.jobs:
             raise RunFailure(f"{job} was given to two requests")
         self.jobs.add(job)
         digest = hashlib.sha256(results).hexdigest()
         if self.digests.setdefault(which, digest) != digest:
             raise RunFailure(f"{job} has other bytes than the same request had before: {dict(self.bodies[which])}")
-        return Answer("completed", latency_ms, job)
 
     async def _pictures(self, body: Mapping[str, Any]) -> tuple[str, bytes]:
         answer = (await self.client.post("/v1/images/generations", json=body)).raise_for_status().json()
-        return answer["id"], "".join(picture["b64_json"] for picture in answer["data"]).encode()
+        return answer["id"], pictures_of(answer)
 
     async def _clip(self, body: Mapping[str, Any]) -> tuple[str, bytes]:
         job = (await self.client.post("/v1/videos", json=body)).raise_for_status().json()["id"]
@@ -127,6 +132,11 @@ class Target:
         if told.get("status") != "completed":
             raise _NotDrawn((told.get("error") or {}).get("message", "the events ended before the clip was drawn"))
         return job, (await self.client.get(f"/v1/videos/{job}/content")).raise_for_status().content
+
+
+def pictures_of(answer: Mapping[str, Any]) -> bytes:
+    """What was drawn, of an answer to a request for `b64_json`."""
+    return "".join(picture["b64_json"] for picture in answer["data"]).encode()
 
 
 class _NotDrawn(Exception):

@@ -12,7 +12,8 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -23,8 +24,8 @@ from sgl_diffusion.server.args import ServeArgs
 from sgl_diffusion.server.database import StoreUnavailable
 from sgl_diffusion.server.engine_process import EngineAway, EngineProcess
 from sgl_diffusion.server.folders import Folders
-from sgl_diffusion.server.jobs import Ended, Job, JobEvent, NewJob, Preview, Progress, Status, UploadState
-from sgl_diffusion.server.news import News
+from sgl_diffusion.server.jobs import Ended, Job, JobEvent, Kind, NewJob, Preview, Progress, Status, UploadState
+from sgl_diffusion.server.news import Feed, News
 from sgl_diffusion.server.replicas import Replicas, environments, of_a_replica
 from sgl_diffusion.server.scheduler import POLL_S, Scheduler
 from sgl_diffusion.server.store import JobStore
@@ -40,6 +41,9 @@ class Dispatcher:
 
     Args:
         upload_state: of the results of jobs that complete: WAITING if there is a place to upload them to.
+
+    Attributes:
+        schedulers: one an engine.
     """
 
     def __init__(
@@ -50,7 +54,8 @@ class Dispatcher:
         folders: Folders,
         upload_state: UploadState = UploadState.LOCAL,
     ) -> None:
-        self._args, self._store, self._thread, self._news = serve_args, store, StoreThread(), News()
+        self._args, self._store, self._folders = serve_args, store, folders
+        self._thread, self._news = StoreThread(), News()
         self._alone = serve_args.database_url is None  # no other server touches these jobs
         load = messages.Load(
             server_args=of_a_replica(server_args).model_dump(mode="json", exclude_unset=True),
@@ -60,7 +65,7 @@ class Dispatcher:
         self._engines = [
             EngineProcess(load, self._wake, environment) for environment in environments(server_args, os.environ)
         ]
-        self._schedulers = [
+        self.schedulers = [
             Scheduler(serve_args, store, self._thread, folders, engine, self._news, upload_state)
             for engine in self._engines
         ]
@@ -90,7 +95,7 @@ class Dispatcher:
         """
         if self._alone:
             await self._thread.run(self._store.release_own)
-        self._working = [asyncio.create_task(scheduler.work()) for scheduler in self._schedulers]
+        self._working = [asyncio.create_task(scheduler.work()) for scheduler in self.schedulers]
         self._tending = asyncio.create_task(self._tend())
         for task in (*self._working, self._tending):
             task.add_done_callback(self._notice)
@@ -102,7 +107,7 @@ class Dispatcher:
                 task.cancel()
 
     def _wake(self) -> None:
-        for scheduler in self._schedulers:
+        for scheduler in self.schedulers:
             scheduler.wake()
 
     async def _tend(self) -> None:
@@ -121,10 +126,10 @@ class Dispatcher:
 
     def _is_ours(self, job_id: str) -> bool:
         """Whether one of our engines works on it."""
-        return any(job_id in scheduler.mine for scheduler in self._schedulers)
+        return any(job_id in scheduler.mine for scheduler in self.schedulers)
 
     def _unwant(self, job_id: str) -> None:
-        for scheduler in self._schedulers:
+        for scheduler in self.schedulers:
             if job_id in scheduler.mine:
                 scheduler.unwant(job_id)
 
@@ -145,7 +150,7 @@ class Dispatcher:
             at_once: end the engines now; their jobs go back with the snapshots they have. Also during another `stop`.
         """
         if at_once:
-            for scheduler in self._schedulers:
+            for scheduler in self.schedulers:
                 scheduler.stop()
             self._thread.patient = False
             for engine in self._engines:
@@ -155,7 +160,7 @@ class Dispatcher:
         await asyncio.shield(self._stop)
 
     async def _wind_down(self) -> None:
-        for scheduler in self._schedulers:
+        for scheduler in self.schedulers:
             scheduler.stop()
         self._news.dismiss(lambda job_id: not self._is_ours(job_id))
         if self._working:
@@ -184,13 +189,21 @@ class Dispatcher:
     async def submit(self, new: NewJob) -> tuple[Job, bool]:
         """Puts a job into the queue; from then on it is safe. False: it was there already, by its idempotency key.
 
+        A picture that nothing waits before goes to an engine that has nothing to do, without a stay in the queue. (Who
+        asks for a clip expects to be told that it is queued.)
+
         Raises:
             QueueFull, IdempotencyConflict, StoreUnavailable: as `JobStore.add`.
         """
         new = replace(new, batch_key=_batch_key(new))
-        job, is_new = await self._thread.run(self._store.add, new, self._args.max_queue_size)
-        if is_new:
-            self._wake()
+        idle = None if new.kind is Kind.VIDEO else next((s for s in self.schedulers if s.is_idle), None)
+        with nullcontext() if idle is None else idle.reserved():
+            limit = self._args.max_queue_size
+            job, is_new = await self._thread.run(self._store.add, new, limit, take=idle is not None)
+            if is_new and idle is not None and job.status is Status.IN_PROGRESS:
+                idle.hand(job)
+            elif is_new:
+                self._wake()
         return job, is_new
 
     async def cancel(self, job_id: str) -> Job | None:
@@ -200,47 +213,57 @@ class Dispatcher:
             The job as it is now; None if there is none.
         """
 
-        def ask() -> tuple[Job | None, Job | None]:
-            return self._store.get(job_id), self._store.ask_cancel(job_id)
+        def ask() -> tuple[Job | None, bool]:
+            before, now = self._store.get(job_id), self._store.ask_cancel(job_id)
+            has_ended = before is not None and now is not None and now.status.is_end and not before.status.is_end
+            if has_ended:
+                self._folders.tidy(job_id, Status.CANCELLED)
+            return now, has_ended
 
-        before, now = await self._thread.run(ask)
-        if before is not None and now is not None and now.status.is_end and not before.status.is_end:
-            await self._schedulers[0].conclude(now)
+        now, has_ended = await self._thread.run(ask)
+        if now is not None and has_ended:
+            self._news.tell_end(now)
         self._unwant(job_id)
         return now
 
-    async def watch(self, job_id: str, *, end_only: bool = False) -> AsyncIterator[JobEvent]:
+    @contextmanager
+    def watch(
+        self, job_id: str, *, known: Job | None = None, end_only: bool = False
+    ) -> Iterator[AsyncIterator[JobEvent]]:
         """What happens to a job from now on. The last event is `Ended`, at once if it has ended already.
 
-        With `end_only`, steps on the way do not wake the watcher.
-
         Without `Ended` it ends only because the server stops: the job is kept, and the next server goes on with it.
+        The iterator raises KeyError if there is no such job.
 
-        Raises:
-            KeyError: there is no such job.
+        Args:
+            known: the job as it is now; it is looked up where that is not known.
+            end_only: steps on the way do not wake the watcher.
         """
         with self._news.feed(job_id, end_only=end_only) as feed:
-            job = await self._thread.run(self._store.get, job_id)
-            if job is None:
-                raise KeyError(job_id)
-            while not job.status.is_end:
-                if self._stop is not None and not self._is_ours(job_id):
-                    return
-                try:
-                    async with asyncio.timeout(None if self._alone else POLL_S):
-                        event = await feed.get()
-                except TimeoutError:  # another server may draw it
-                    if not self._is_ours(job_id):
-                        seen, job = job, await self._look(job)
-                        if job.step != seen.step:
-                            yield Progress("denoising", job.step, job.steps)
-                    continue
-                if event is None:
-                    return
-                yield event
-                if isinstance(event, Ended):
-                    return
-            yield Ended(job)
+            yield self._events(job_id, known, feed)
+
+    async def _events(self, job_id: str, known: Job | None, feed: Feed) -> AsyncIterator[JobEvent]:
+        job = known or await self._thread.run(self._store.get, job_id)
+        if job is None:
+            raise KeyError(job_id)
+        while not job.status.is_end:
+            if self._stop is not None and not self._is_ours(job_id):
+                return
+            try:
+                async with asyncio.timeout(None if self._alone else POLL_S):
+                    event = await feed.get()
+            except TimeoutError:  # another server may draw it
+                if not self._is_ours(job_id):
+                    seen, job = job, await self._look(job)
+                    if job.step != seen.step:
+                        yield Progress("denoising", job.step, job.steps)
+                continue
+            if event is None:
+                return
+            yield event
+            if isinstance(event, Ended):
+                return
+        yield Ended(job)
 
     async def _look(self, job: Job) -> Job:
         """The job as it is now; a deleted one is as good as cancelled."""

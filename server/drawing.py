@@ -7,6 +7,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import closing
@@ -42,6 +43,7 @@ MEDIA_TYPES = {
     ".webm": "video/webm",
     ".mkv": "video/x-matroska",
 }
+PROGRESS_S = 0.05  # between two steps that are told of: telling of each costs a small model a tenth of its time
 PREVIEW_QUALITY, PREVIEW_EFFORT = 80, 0  # of WebP: the engine waits for it
 
 
@@ -67,6 +69,7 @@ class Batch:
         self.snapshot_every = order.snapshot_every
         self.jobs = order.jobs
         self.left = {job.id: job for job in order.jobs}  # without those whose end is told
+        self._told_at = 0.0  # of the last progress
 
     def draw(self) -> None:
         """Tells of every job exactly one end, unless it raises something unforeseen (see `fail`)."""
@@ -128,8 +131,9 @@ class Batch:
                     stage = event.name
                     self._progress(jobs, stage, 0, 0)
                 elif isinstance(event, StepDone):
-                    os.utime(folder)  # old ones that are no job's are removed
-                    self._progress(jobs, stage, event.step, event.total)
+                    if time.monotonic() - self._told_at >= PROGRESS_S:
+                        os.utime(folder)  # old ones that are no job's are removed
+                        self._progress(jobs, stage, event.step, event.total)
                     if kept := event.step < event.total and self.keep.is_set():
                         self._snapshot(jobs, event.drawing)
                         break
@@ -173,6 +177,7 @@ class Batch:
                 self._end(messages.Cancelled(job=job.id))
 
     def _progress(self, jobs: Sequence[DrawnJob], stage: str, step: int, steps: int) -> None:
+        self._told_at = time.monotonic()
         ids = [job.id for job in self._live(jobs)]
         self.tell(messages.Progress(jobs=ids, stage=stage, step=step, steps=steps))
 
@@ -291,8 +296,11 @@ def _seed(job: DrawnJob) -> int:
 
 def _empty(folder: Path) -> None:
     """Makes the folder, or removes what an earlier attempt left in it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
 
 
 def _webp(pixels: Pixels) -> bytes:

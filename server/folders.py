@@ -6,9 +6,11 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.server.jobs import Status
 
 REPORT = "report.json"
 PARTS = ("inputs", "results", "snapshots")
@@ -58,6 +60,13 @@ class Folders:
     def half_written(self) -> Iterator[Path]:
         """Snapshots whose writing a death cut short: they have no job's name yet."""
         return (self.root / "snapshots").glob(".*")
+
+    def tidy(self, job_id: str, end: Status) -> None:
+        """Removes what an ended job does not need any more; of a cancelled one, whatever it came to."""
+        with suppress(OSError):  # what is left here goes with the job's record
+            self.snapshot(job_id).unlink(missing_ok=True)
+        if end is Status.CANCELLED:
+            self.remove(job_id)
 
     def remove(self, job_id: str) -> None:
         """Everything of a job; nothing happens where there is nothing."""

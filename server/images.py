@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
-from collections.abc import AsyncIterator
-from typing import Annotated, Any
+from collections.abc import AsyncIterator, Callable
+from typing import Annotated, Any, ParamSpec
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
@@ -25,7 +25,11 @@ router = APIRouter(tags=["images"], responses=ERRORS)
 
 KINDS = (Kind.IMAGE, Kind.IMAGE_EDIT)
 UPLOAD_WAIT_S = 30.0  # for a cloud URL; then the picture's URL is ours, for as long as it is here
+SMALL_BYTES = 1 << 18
 EVENT_NAMES = {Kind.IMAGE: "image_generation", Kind.IMAGE_EDIT: "image_edit"}
+
+
+P = ParamSpec("P")
 
 
 class Picture(BaseModel):
@@ -56,8 +60,8 @@ class Images(BaseModel):
 async def generate(request: Request, here: Here, tenant: Tenant) -> Response:
     """Draws pictures from a prompt."""
     submission, fields = await read_submission(request, here, tenant, Kind.IMAGE, GenerationBody)
-    job = await submission.submit(fields, images_asked(fields, here.card))
-    return await _answer(request, submission, job, stream=bool(fields.stream))
+    job, is_new = await submission.submit(fields, images_asked(fields, here.card))
+    return await _answer(request, submission, job, is_new=is_new, stream=bool(fields.stream))
 
 
 @router.post(
@@ -68,8 +72,8 @@ async def generate(request: Request, here: Here, tenant: Tenant) -> Response:
 async def edit(request: Request, here: Here, tenant: Tenant) -> Response:
     """Draws pictures from a prompt and pictures."""
     submission, fields = await read_submission(request, here, tenant, Kind.IMAGE_EDIT, EditBody)
-    job = await submission.submit(fields, images_asked(fields, here.card))
-    return await _answer(request, submission, job, stream=bool(fields.stream))
+    job, is_new = await submission.submit(fields, images_asked(fields, here.card))
+    return await _answer(request, submission, job, is_new=is_new, stream=bool(fields.stream))
 
 
 @router.get("/v1/images/{id}/content", response_class=Response)
@@ -87,17 +91,18 @@ async def picture_report(id: str, here: Here, tenant: Tenant) -> Response:
 # -- answers ---------------------------------------------------------------------------
 
 
-async def _answer(request: Request, submission: Submission, job: Job, *, stream: bool) -> Response:
+async def _answer(request: Request, submission: Submission, job: Job, *, is_new: bool, stream: bool) -> Response:
     here, headers, base = submission.here, {"x-job-id": job.id}, str(request.base_url)
     keep = submission.key is not None  # its client can ask again
     if stream:
         return event_stream(_events(here, job, base, keep=keep), headers)
-    job = await until_ended(request, here, job, keep=keep)
+    job = await until_ended(request, here, job, is_new=is_new, keep=keep)
     if job.status is not Status.COMPLETED:
         raise failed_job(job)
     answer: dict[str, Any] = {"id": job.id, "created": int(job.created_at.timestamp())} | _shared(job)
     answer["data"] = await _data(here, job, base)
-    body = await asyncio.to_thread(json.dumps, answer)  # of tens of megabytes, perhaps
+    size = sum(result.size_bytes for result in job.results)
+    body = await _unless_small(size, json.dumps, answer)
     return Response(body, media_type="application/json", headers=headers)
 
 
@@ -119,11 +124,19 @@ async def _base64(here: Context, job: Job, index: int) -> str:
     """A result's file, wherever it is."""
     path = here.folders.results(job.id) / job.results[index].name
     try:
-        return await asyncio.to_thread(lambda: base64.b64encode(path.read_bytes()).decode())
+        size = job.results[index].size_bytes
+        return await _unless_small(size, lambda: base64.b64encode(path.read_bytes()).decode())
     except FileNotFoundError:
         if here.uploader is None:
             raise ApiError(410, f"the files of {job.id} are not here any more", code="files_gone") from None
         return base64.b64encode(await here.uploader.fetch(job, index)).decode()
+
+
+async def _unless_small(size_bytes: int, work: Callable[P, str], *args: P.args, **kwargs: P.kwargs) -> str:
+    """Work on so many bytes, in a thread unless that would take longer than the work itself."""
+    if size_bytes <= SMALL_BYTES:
+        return work(*args, **kwargs)
+    return await asyncio.to_thread(work, *args, **kwargs)
 
 
 async def _events(here: Context, job: Job, base: str, *, keep: bool) -> AsyncIterator[bytes]:

@@ -82,8 +82,8 @@ class News:
         self.forget(job.id)
         for feed in self._feeds.get(job.id, ()):
             feed.put(Ended(job))
-        for hook in self.on_end:
-            hook(job)
+        for hook in self.on_end:  # after those who wait for the results
+            asyncio.get_running_loop().call_soon(hook, job)
 
     def forget(self, job_id: str) -> None:
         """It is not worked on any more."""

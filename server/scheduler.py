@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 from sgl_diffusion.server import messages
@@ -14,7 +15,7 @@ from sgl_diffusion.server.args import ServeArgs
 from sgl_diffusion.server.database import StoreUnavailable
 from sgl_diffusion.server.engine_process import Died, EngineAway, EngineProcess
 from sgl_diffusion.server.folders import Folders
-from sgl_diffusion.server.jobs import Failure, Job, Preview, Progress, Status, UploadState
+from sgl_diffusion.server.jobs import Failure, Job, Preview, Progress, UploadState
 from sgl_diffusion.server.messages import Draw, DrawnJob
 from sgl_diffusion.server.news import News
 from sgl_diffusion.server.store import JobStore
@@ -49,22 +50,56 @@ class Scheduler:
         self.args, self.store, self.folders, self.news, self.upload_state = args, store, folders, news, upload_state
         self.mine: dict[str, Job] = {}
         self._thread, self._engine, self._wake = thread, engine, asyncio.Event()
+        self._alone = args.database_url is None  # no other server adds jobs
         self._unwanted: set[str] = set()  # of ours, those that a client cancelled
-        self._stopping = False
+        self._resting = self._is_reserved = self._stopping = False
+        self._handed: Job | None = None
 
     async def work(self) -> None:
         """Batch after batch, until `stop`."""
-        while not self._stopping:
+        while not self._stopping or self._handed is not None:
             self._wake.clear()
+            handed, self._handed = self._handed, None
             try:
-                jobs = await self._next() if self._engine.status.state == "ready" else []
-                if not jobs:
-                    await self._woken(POLL_S)
-                for batch in self._batches(jobs):
+                jobs = [] if handed is None else [handed]
+                if not jobs and self._engine.status.state == "ready":
+                    jobs = await self._claim()
+                for batch in self._batches(await self._with_company(jobs)):
                     await self._draw(batch)
             except StoreUnavailable as e:
                 log.error("no job can be taken from the queue, or be given back: %s", e)
-                await self._woken(POLL_S)
+                jobs = []
+            if not jobs or (handed is not None and self._alone):  # nothing waited, and who adds something wakes us
+                await self._rest()
+
+    async def _rest(self) -> None:
+        self._resting = True
+        await self._woken(POLL_S)
+        while self._is_reserved:
+            self._wake.clear()
+            await self._wake.wait()
+        self._resting = False
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether a job that is next could be drawn at once."""
+        ready = self._engine.status.state == "ready" and not self._stopping
+        return ready and self._resting and not self._is_reserved and not self._wake.is_set()
+
+    @contextmanager
+    def reserved(self) -> Iterator[None]:
+        """Inside, an idle scheduler takes nothing but what is handed to it."""
+        self._is_reserved = True
+        try:
+            yield
+        finally:
+            self._is_reserved = False
+            self._wake.set()
+
+    def hand(self, job: Job) -> None:
+        """Draws a job, which this server has claimed, as the next."""
+        self.mine[job.id] = self._handed = job
+        self._wake.set()
 
     def wake(self) -> None:
         """There may be something to do."""
@@ -83,9 +118,8 @@ class Scheduler:
 
     # -- what is next ----------------------------------------------------------------
 
-    async def _next(self) -> list[Job]:
-        """The job whose turn it is, and others that can be drawn with it, for which it waits a little."""
-        jobs = await self._claim()
+    async def _with_company(self, jobs: list[Job]) -> list[Job]:
+        """The job whose turn it is, if any, and others that can be drawn with it, for which it waits a little."""
         if not jobs or not self._is_sociable(jobs[0]):
             return jobs
         room = self.args.max_batch_size - _results(jobs)
@@ -101,6 +135,7 @@ class Scheduler:
             room -= _results(more)
             if not more and not await self._woken(deadline - time.monotonic()):
                 break
+        self._wake.set()  # others may have come
         return jobs
 
     async def _claim(self, **wanted: Any) -> list[Job]:
@@ -185,38 +220,26 @@ class Scheduler:
 
     async def _give_back(self, job: Job, *, crashed: bool) -> None:
         """Into the queue, where it keeps its turn. If it was cancelled meanwhile it ends instead."""
-        now = await self._thread.persist(self.store.requeue, job.id, crashed=crashed)
-        await self._let_go(job, now)
+        await self._end(job, partial(self.store.requeue, crashed=crashed))
 
     async def _end(self, job: Job, record: Callable[..., Job | None], *args: Any) -> None:
-        now = await self._thread.persist(record, job.id, *args)
-        await self._let_go(job, now)
-
-    async def _let_go(self, job: Job, now: Job | None) -> None:
-        """Of a job that is recorded as `now`. If it is not, it is another server's by now, and its files are, too."""
+        """Of a job that is ours no more. If nothing is recorded it is another server's by now, and so are its files."""
+        now = await self._thread.persist(self._concluded, record, job.id, *args)
         self.mine.pop(job.id, None)
         self._unwanted.discard(job.id)
         if now is not None and now.status.is_end:
-            await self.conclude(now)
+            self.news.tell_end(now)
             return
         self.news.forget(job.id)
         if self._stopping:
             self.news.dismiss(lambda job_id: job_id == job.id)
 
-    async def conclude(self, job: Job) -> None:
-        """Tells the end of a job, and removes what it does not need any more: who waits for results is told first."""
-        if job.status is Status.COMPLETED:
-            self.news.tell_end(job)
-        await self._thread.run(self._tidy, job)
-        if job.status is not Status.COMPLETED:
-            self.news.tell_end(job)
-
-    def _tidy(self, job: Job) -> None:
-        """Of a cancelled job nothing is left, whatever it came to before that was known."""
-        with suppress(OSError):  # what is left here goes with the job's record
-            self.folders.snapshot(job.id).unlink(missing_ok=True)
-        if job.status is Status.CANCELLED:
-            self.folders.remove(job.id)
+    def _concluded(self, record: Callable[..., Job | None], *args: Any) -> Job | None:
+        """In the store's thread: the record, and what the job does not need any more is removed."""
+        job = record(*args)
+        if job is not None and job.status.is_end:
+            self.folders.tidy(job.id, job.status)
+        return job
 
 
 def _results(jobs: Sequence[Job]) -> int:

@@ -15,7 +15,7 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import bindparam, func, select
+from sqlalchemy import func, select
 
 from sgl_diffusion.server.database import Database, StoreUnavailable
 from sgl_diffusion.server.jobs import Failure, Job, Kind, NewJob, ResultFile, Status, UploadState
@@ -27,16 +27,16 @@ from sgl_diffusion.server.transitions import (
     end,
     end_upload,
     give_back,
+    insert,
     release,
     row_of,
+    row_of_key,
     start,
     take_uploads,
 )
-from sgl_diffusion.server.turns import QueueFull, line_up, take, turn_of
+from sgl_diffusion.server.turns import QueueFull, advance, line_up, take_turns, turn_of
 
 __all__ = ["IdempotencyConflict", "JobStore", "QueueFull", "StoreUnavailable"]
-
-_of_key = select(jobs).where(jobs.c.tenant == bindparam("tenant"), jobs.c.idempotency == bindparam("key"))
 
 Jobs = list[Job]  # `list` is a method below
 Ids = list[str]
@@ -69,30 +69,30 @@ class JobStore:
 
     # Clients ask
 
-    def add(self, new: NewJob, max_queue_size: int) -> tuple[Job, bool]:
+    def add(self, new: NewJob, max_queue_size: int, *, take: bool = False) -> tuple[Job, bool]:
         """Puts a job into the queue, or finds the one that the same idempotency key made (then False).
+
+        Args:
+            take: claims it for this server in the same breath, if no other job waits: it is in progress then.
 
         Raises:
             QueueFull: as many jobs as that wait already.
             IdempotencyConflict: the key is another request's.
         """
         key = None if new.idempotency_key is None else hashlib.sha256(new.idempotency_key.encode()).hexdigest()
-        with self._database.writing() as db:
+        with self._taking() as taken, self._database.writing() as db:
             line_up(db)
-            if key is not None:
-                same = db.execute(_of_key, {"tenant": new.tenant, "key": key})
-                if (first := same.mappings().one_or_none()) is not None:
-                    if first["fingerprint"] != new.fingerprint:
-                        raise IdempotencyConflict(f"the idempotency key is that of {first['id']}, another request")
-                    return job_of(first), False
-            values = {name: value for name, value in vars(new).items() if name != "idempotency_key"} | {
-                "status": Status.QUEUED,
-                "turn": turn_of(db, new, max_queue_size),
-                "idempotency": key,
-                "created_at": self._database.now(db),
-            }
-            db.execute(jobs.insert(), values)
-            return job_of(values), True
+            if key is not None and (first := row_of_key(db, new.tenant, key)) is not None:
+                if first["fingerprint"] != new.fingerprint:
+                    raise IdempotencyConflict(f"the idempotency key is that of {first['id']}, another request")
+                return job_of(first), False
+            turn, is_next = turn_of(db, new, max_queue_size)
+            now, lease = self._database.now(db), None
+            if take and is_next:
+                taken.add(new.id)
+                lease = self._lease(now)
+                advance(db, [(new.priority, turn)])
+            return insert(db, new, turn, key, now, lease), True
 
     def get(self, job_id: str, tenant: str | None = None) -> Job | None:
         """None where there is none, it is deleted, or another tenant's (`tenant` None: whose it is does not matter)."""
@@ -146,7 +146,7 @@ class JobStore:
             max_results: of all of them together; of the next `limit` jobs, those that do not fit keep their turn.
         """
         with self._taking() as taken, self._database.writing() as db:
-            rows = take(db, limit, batch_key, max_results)
+            rows = take_turns(db, limit, batch_key, max_results)
             if not rows:
                 return []
             taken.update(row["id"] for row in rows)
@@ -203,7 +203,7 @@ class JobStore:
 
     def _end(self, job_id: str, status: Status, **values: Any) -> Job | None:
         with self._database.writing() as db:
-            return end(db, job_id, self._held, values | {"status": status, "ended_at": self._database.now(db)})
+            return end(db, job_id, self.server_id, values | {"status": status, "ended_at": self._database.now(db)})
 
     def requeue(self, job_id: str, *, crashed: bool) -> Job | None:
         """Gives a job of this server's back; it keeps its turn. One whose cancellation is asked for ends instead.

@@ -40,8 +40,10 @@ class Submission:
     body: Body
     key: str | None  # of idempotency
 
-    async def submit(self, fields: CommonFields, asked: Asked) -> Job:
-        """Raises ApiError, QueueFull, IdempotencyConflict or EngineAway; nothing is left of the request then.
+    async def submit(self, fields: CommonFields, asked: Asked) -> tuple[Job, bool]:
+        """As `Dispatcher.submit`.
+
+        Raises ApiError, QueueFull, IdempotencyConflict or EngineAway; nothing is left of the request then.
 
         If it is ended while the job is written down, what it stored stays: the job may be there, and needs it.
         """
@@ -64,7 +66,7 @@ class Submission:
                 raise
             if is_needed:
                 here.job_log.queued(job)
-            return job
+            return job, is_needed
         finally:
             if not is_needed:
                 await asyncio.to_thread(shutil.rmtree, inputs, ignore_errors=True)

@@ -15,7 +15,7 @@ from typing import Any
 import sqlalchemy as sa
 from sqlalchemy import bindparam, func, select
 
-from sgl_diffusion.server.jobs import Job, Status, UploadState
+from sgl_diffusion.server.jobs import Job, NewJob, Status, UploadState
 from sgl_diffusion.server.tables import job_of, jobs
 
 Condition = sa.ColumnElement[bool]
@@ -24,7 +24,11 @@ UNENDED = (Status.QUEUED, Status.IN_PROGRESS)
 RUNNING = jobs.c.status == Status.IN_PROGRESS
 RELEASED: dict[str, Any] = {"server": None, "lease_until": None}
 
-_of_id = select(jobs).where(jobs.c.id == bindparam("id"))  # built once: it takes longer than to run it
+# statements of every request are built once: that takes longer than to run them
+_of_id = select(jobs).where(jobs.c.id == bindparam("id"))
+_of_key = select(jobs).where(jobs.c.tenant == bindparam("tenant"), jobs.c.idempotency == bindparam("key"))
+_insert = jobs.insert()
+_end = jobs.update().where(jobs.c.id == bindparam("of"), jobs.c.server == bindparam("by"), RUNNING)
 _due = (
     select(jobs)
     .where(
@@ -39,12 +43,28 @@ _due = (
 )
 
 
+def insert(
+    db: sa.Connection, new: NewJob, turn: float, idempotency: str | None, now: datetime, lease: dict[str, Any] | None
+) -> Job:
+    """A job that waits from now on, or (with a lease) is begun at once."""
+    row = {name: value for name, value in vars(new).items() if name != "idempotency_key"}
+    row |= {"status": Status.QUEUED, "turn": turn, "idempotency": idempotency, "created_at": now}
+    if lease is not None:
+        row |= {"status": Status.IN_PROGRESS, "started_at": now, **lease}
+    db.execute(_insert, row)
+    return job_of(row)
+
+
 def row_of(db: sa.Connection, job_id: str) -> sa.RowMapping | None:
     return db.execute(_of_id, {"id": job_id}).mappings().one_or_none()
 
 
+def row_of_key(db: sa.Connection, tenant: str, idempotency: str) -> sa.RowMapping | None:
+    return db.execute(_of_key, {"tenant": tenant, "key": idempotency}).mappings().one_or_none()
+
+
 def start(db: sa.Connection, job_ids: Collection[str], now: datetime, lease: dict[str, Any]) -> None:
-    """Jobs that wait, locked by `turns.take`, are begun."""
+    """Jobs that wait, locked by `turns.take_turns`, are begun."""
     begun = {"status": Status.IN_PROGRESS, "started_at": func.coalesce(jobs.c.started_at, now)}
     waiting = (jobs.c.id.in_(job_ids), jobs.c.status == Status.QUEUED)
     db.execute(jobs.update().where(*waiting).values(begun | lease))
@@ -59,9 +79,9 @@ def cancel(db: sa.Connection, job_id: str, now: datetime) -> None:
     db.execute(jobs.update().where(it, jobs.c.status == Status.QUEUED).values(cancelled))
 
 
-def end(db: sa.Connection, job_id: str, held: Condition, ending: dict[str, Any]) -> Job | None:
+def end(db: sa.Connection, job_id: str, server_id: str, ending: dict[str, Any]) -> Job | None:
     """A job in progress gets its end. Returns an ended job with the end that it has; None of any other."""
-    db.execute(jobs.update().where(jobs.c.id == job_id, held, RUNNING).values(ending | RELEASED))
+    db.execute(_end, {"of": job_id, "by": server_id, **ending, **RELEASED})
     row = row_of(db, job_id)
     if row is None or row["status"] in UNENDED:
         return None

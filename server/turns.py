@@ -33,6 +33,7 @@ _next = _in_turn.limit(bindparam("limit")).with_for_update(skip_locked=True)
 _next_of_batch = (
     _in_turn.where(jobs.c.batch_key == bindparam("key")).limit(bindparam("limit")).with_for_update(skip_locked=True)
 )
+_new_clock = clocks.insert()
 _advance = (
     clocks.update()
     .where(clocks.c.priority == bindparam("of"), clocks.c.virtual_time < bindparam("turn"))
@@ -50,11 +51,12 @@ class QueueFull(Exception):
 
 def line_up(db: sa.Connection) -> None:
     """Waits until no other transaction adds a job: turns, the queue's length and `seq` are in one order."""
-    db.execute(_line_up)
+    if db.dialect.name != "sqlite":  # whose writers line up where they begin
+        db.execute(_line_up)
 
 
-def turn_of(db: sa.Connection, new: NewJob, max_queue_size: int) -> float:
-    """The turn of a job that is about to be added.
+def turn_of(db: sa.Connection, new: NewJob, max_queue_size: int) -> tuple[float, bool]:
+    """The turn of a job that is about to be added, and whether it is the next: nothing waits.
 
     Raises:
         QueueFull: as many jobs as that wait already.
@@ -64,11 +66,18 @@ def turn_of(db: sa.Connection, new: NewJob, max_queue_size: int) -> float:
     if waiting >= max_queue_size:
         raise QueueFull(waiting)
     if virtual_time is None:
-        db.execute(clocks.insert(), {"priority": new.priority, "virtual_time": 0.0})
-    return float(max(virtual_time or 0.0, tenants_last or 0.0)) + new.work
+        db.execute(_new_clock, {"priority": new.priority, "virtual_time": 0.0})
+    return float(max(virtual_time or 0.0, tenants_last or 0.0)) + new.work, not waiting
 
 
-def take(db: sa.Connection, limit: int, batch_key: str | None, max_results: int | None) -> Sequence[sa.RowMapping]:
+def advance(db: sa.Connection, turns: Sequence[tuple[int, float]]) -> None:
+    """Turns, each after its priority, that are claimed: the clocks do not go back behind them."""
+    db.execute(_advance, [{"of": priority, "turn": turn} for priority, turn in turns])
+
+
+def take_turns(
+    db: sa.Connection, limit: int, batch_key: str | None, max_results: int | None
+) -> Sequence[sa.RowMapping]:
     """The next waiting jobs, locked for this transaction; those that another one has locked are passed over."""
     if batch_key is None:
         rows = db.execute(_next, {"limit": limit}).mappings().all()
@@ -77,7 +86,7 @@ def take(db: sa.Connection, limit: int, batch_key: str | None, max_results: int 
     if max_results is not None:
         rows = _fitting(rows, max_results)
     if rows and batch_key is None:  # company is taken before its turn, which moves no clock
-        db.execute(_advance, [{"of": row["priority"], "turn": row["turn"]} for row in rows])
+        advance(db, [(row["priority"], row["turn"]) for row in rows])
     return rows
 
 

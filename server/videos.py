@@ -87,7 +87,7 @@ class DeletedVideo(BaseModel):
 async def create(request: Request, here: Here, tenant: Tenant) -> Response:
     """Puts a clip into the queue."""
     submission, fields = await read_submission(request, here, tenant, Kind.VIDEO, VideoBody)
-    job = await submission.submit(fields, video_asked(fields, here.card))
+    job, _ = await submission.submit(fields, video_asked(fields, here.card))
     return JSONResponse(video_object(here, job, str(request.base_url)), headers={"x-job-id": job.id})
 
 

@@ -20,35 +20,37 @@ HEARTBEAT = b": still there\n\n"
 NOT_BUFFERED = {"cache-control": "no-store", "x-accel-buffering": "no"}
 
 
-async def until_ended(request: Request, here: Context, job: Job, *, keep: bool) -> Job:
+async def until_ended(request: Request, here: Context, job: Job, *, is_new: bool, keep: bool) -> Job:
     """Waits for a job's end on behalf of a client, and cancels it when there is nobody to wait for it any more.
 
     Args:
+        is_new: the job has just been submitted: it is as it is told.
         keep: let it go on all the same; its client can come back for it.
     Raises:
         ApiError: 504, it took longer than `request_timeout`; 503, the server is about to stop.
     """
-    ended = asyncio.ensure_future(_end(here, job.id))
-    left = asyncio.ensure_future(_disconnected(request))
-    try:
-        done, _ = await asyncio.wait(
-            {ended, left}, timeout=here.args.request_timeout, return_when=asyncio.FIRST_COMPLETED
-        )
-        if ended in done:
-            return ended.result()
-        if not keep:
-            await here.dispatcher.cancel(job.id)
-        if left in done:
-            raise ApiError(400, "the client has left")  # and reads none of this
-        raise timed_out(here, job.id, kept=keep)
-    finally:
-        ended.cancel()
-        left.cancel()
+    with here.dispatcher.watch(job.id, known=job if is_new else None, end_only=True) as events:
+        ended = asyncio.ensure_future(_end(events, job.id))
+        left = asyncio.ensure_future(_disconnected(request))
+        try:
+            done, _ = await asyncio.wait(
+                {ended, left}, timeout=here.args.request_timeout, return_when=asyncio.FIRST_COMPLETED
+            )
+            if ended in done:
+                return ended.result()
+            if not keep:
+                await here.dispatcher.cancel(job.id)
+            if left in done:
+                raise ApiError(400, "the client has left")  # and reads none of this
+            raise timed_out(here, job.id, kept=keep)
+        finally:
+            ended.cancel()
+            left.cancel()
 
 
-async def _end(here: Context, job_id: str) -> Job:
+async def _end(events: AsyncIterator[JobEvent], job_id: str) -> Job:
     try:
-        async for event in here.dispatcher.watch(job_id, end_only=True):
+        async for event in events:
             if isinstance(event, Ended):
                 return event.job
     except KeyError:
@@ -111,24 +113,24 @@ async def told(
     """
     now = asyncio.get_running_loop().time
     deadline = now() + timeout_s
-    events = here.dispatcher.watch(job_id)
-    following = asyncio.ensure_future(_next(events, job_id))
-    try:
-        while True:
-            done, _ = await asyncio.wait({following}, timeout=min(HEARTBEAT_S, max(0.0, deadline - now())))
-            if not done:
-                if now() >= deadline:
-                    raise timed_out(here, job_id, kept=kept)
-                yield None
-                continue
-            if (event := following.result()) is None:
-                raise _shutting_down(job_id)
-            yield event
-            if isinstance(event, Ended):
-                return
-            following = asyncio.ensure_future(_next(events, job_id))
-    finally:
-        following.cancel()
+    with here.dispatcher.watch(job_id) as events:
+        following = asyncio.ensure_future(_next(events, job_id))
+        try:
+            while True:
+                done, _ = await asyncio.wait({following}, timeout=min(HEARTBEAT_S, max(0.0, deadline - now())))
+                if not done:
+                    if now() >= deadline:
+                        raise timed_out(here, job_id, kept=kept)
+                    yield None
+                    continue
+                if (event := following.result()) is None:
+                    raise _shutting_down(job_id)
+                yield event
+                if isinstance(event, Ended):
+                    return
+                following = asyncio.ensure_future(_next(events, job_id))
+        finally:
+            following.cancel()
 
 
 async def _next(events: AsyncIterator[JobEvent], job_id: str) -> JobEvent | None:

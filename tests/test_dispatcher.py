@@ -26,6 +26,7 @@ from sgl_diffusion.server.args import ServeArgs
 from sgl_diffusion.server.dispatcher import Dispatcher, EngineAway
 from sgl_diffusion.server.folders import REPORT, Folders
 from sgl_diffusion.server.jobs import Ended, Job, JobEvent, Kind, NewJob, Preview, Progress, Status, UploadState
+from sgl_diffusion.server.scheduler import POLL_S
 from sgl_diffusion.server.store import JobStore
 
 PROMPT = "a red circle left of a blue square"
@@ -55,21 +56,25 @@ class Server:
         job, created = await self.dispatcher.submit(
             NewJob(
                 id=f"img_{uuid.uuid4().hex}",
-                kind=Kind.IMAGE,
                 sampling={"prompt": [prompt], **sampling},
                 work=checked.work,
                 batch_key=checked.batch_key,
-                **new or {},
+                **{"kind": Kind.IMAGE, **(new or {})},
             )
         )
         assert created
         return job
 
     async def until(self, job: Job, is_it: Callable[[JobEvent], bool]) -> JobEvent:
-        async for event in self.dispatcher.watch(job.id):
-            if is_it(event):
-                return event
+        with self.dispatcher.watch(job.id) as events:
+            async for event in events:
+                if is_it(event):
+                    return event
         raise AssertionError("it ended before")
+
+    async def watched(self, job: Job) -> list[JobEvent]:
+        with self.dispatcher.watch(job.id) as events:
+            return [event async for event in events]
 
     async def reaches(self, job: Job, step: int) -> None:
         await self.until(job, lambda e: isinstance(e, Progress) and e.step >= step)
@@ -90,6 +95,10 @@ class Server:
         while long.id not in self.ended:  # a watcher that asks the database may know it before
             await asyncio.sleep(0.01)
         self.ended.remove(long.id)
+
+    @property
+    def is_idle(self) -> bool:
+        return all(scheduler.is_idle for scheduler in self.dispatcher.schedulers)
 
     def kill_engine(self) -> None:
         pid = self.dispatcher.engine.pid
@@ -162,10 +171,10 @@ def test_a_job_is_drawn_and_watched_from_beginning_to_end(
         assert server.dispatcher.engine.card is not None
         assert server.dispatcher.engine.card["draws_video"] is False
         job = await server.submit(seed=3, new={"presentation": {"partial_images": 3}})
-        slow = server.dispatcher.watch(job.id)
-        seen_by_slow = [await anext(slow)]
-        events = [event async for event in server.dispatcher.watch(job.id)]
-        seen_by_slow += [event async for event in slow]
+        with server.dispatcher.watch(job.id) as slow:
+            seen_by_slow = [await anext(slow)]
+            events = await server.watched(job)
+            seen_by_slow += [event async for event in slow]
 
         last = events[-1]
         assert isinstance(last, Ended) and last.job.status is Status.COMPLETED and last.job.progress == 100
@@ -179,7 +188,7 @@ def test_a_job_is_drawn_and_watched_from_beginning_to_end(
 
         assert [e for e in seen_by_slow if not isinstance(e, Progress)] == [*previews, last]
         assert len(seen_by_slow) < len(events)  # progress that it was too slow for
-        assert [e async for e in server.dispatcher.watch(job.id)] == [last]
+        assert await server.watched(job) == [last]
 
         (result,) = last.job.results
         assert (result.name, result.media_type, result.seed) == ("0.png", "image/png", 3)
@@ -188,8 +197,8 @@ def test_a_job_is_drawn_and_watched_from_beginning_to_end(
         report = server.report(last.job)
         assert report["request_id"] == job.id and report["error"] is None and report["meta"]["seed"] == [3]
         assert not list(server.folders.root.glob("snapshots/*")) and not list(server.folders.root.glob("results/.*"))
-        with pytest.raises(KeyError):
-            await anext(server.dispatcher.watch("img_" + "0" * 32))
+        with pytest.raises(KeyError), server.dispatcher.watch("img_" + "0" * 32) as none:
+            await anext(none)
 
     run(scenario())
 
@@ -295,7 +304,7 @@ def test_higher_priorities_go_first(server: Server, run: Run) -> None:
 
 def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_within_a_step(server: Server, run: Run) -> None:
     async def scenario() -> None:
-        running = await server.submit(num_inference_steps=500)
+        running = await server.submit(num_inference_steps=500, height=320, width=320)  # so large that each step is told
         await server.reaches(running, 2)
         waiting = await server.submit(num_inference_steps=1)
         cancelled = await server.dispatcher.cancel(waiting.id)
@@ -303,10 +312,10 @@ def test_a_waiting_job_is_cancelled_at_once_and_a_running_one_within_a_step(serv
         assert (await server.end(waiting)).status is Status.CANCELLED
 
         (server.folders.inputs(running.id)).mkdir()
-        events = server.dispatcher.watch(running.id)
-        last = await anext(events)
-        await server.dispatcher.cancel(running.id)
-        told = [last, *[event async for event in events]]
+        with server.dispatcher.watch(running.id) as events:
+            last = await anext(events)
+            await server.dispatcher.cancel(running.id)
+            told = [last, *[event async for event in events]]
         steps = [e.step for e in told if isinstance(e, Progress)]
         assert isinstance(told[-1], Ended) and told[-1].job.status is Status.CANCELLED
         assert steps[-1] - steps[0] <= 3  # one that ran, one on the way here, one begun before it heard
@@ -325,16 +334,50 @@ def test_another_server_of_the_same_database_watches_and_cancels(server: Server,
         other = Server(folder, database_url=f"sqlite:///{folder}/jobs.db")
         job = await server.submit(num_inference_steps=500)
         await server.reaches(job, 1)
-        events = other.dispatcher.watch(job.id)
-        first = await anext(events)
-        assert isinstance(first, Progress) and first.step > 0 and first.steps == 500
-        asked = await other.dispatcher.cancel(job.id)
-        assert asked is not None and asked.status is Status.IN_PROGRESS and asked.cancel_asked
-        assert (await server.end(job)).status is Status.CANCELLED
-        last = [event async for event in events][-1]
+        with other.dispatcher.watch(job.id) as events:
+            first = await anext(events)
+            assert isinstance(first, Progress) and first.step > 0 and first.steps == 500
+            asked = await other.dispatcher.cancel(job.id)
+            assert asked is not None and asked.status is Status.IN_PROGRESS and asked.cancel_asked
+            assert (await server.end(job)).status is Status.CANCELLED
+            last = [event async for event in events][-1]
         assert isinstance(last, Ended) and last.job.status is Status.CANCELLED
         await other.dispatcher.stop()
         other.store.close()
+
+    run(scenario())
+
+
+def test_a_picture_goes_to_an_idle_engine_without_a_stay_in_the_queue(server: Server, run: Run) -> None:
+    async def scenario() -> None:
+        await server.end(await server.submit(num_inference_steps=1))
+        while not server.is_idle:
+            await asyncio.sleep(0.01)
+        first, second = await server.submit(num_inference_steps=40), await server.submit(num_inference_steps=1)
+        assert (first.status, second.status) == (Status.IN_PROGRESS, Status.QUEUED)
+        assert first.started_at == first.created_at
+        assert [(await server.end(job)).status for job in (first, second)] == [Status.COMPLETED] * 2
+        while not server.is_idle:
+            await asyncio.sleep(0.01)
+        clip = await server.submit(num_inference_steps=1, new={"kind": Kind.VIDEO})
+        assert clip.status is Status.QUEUED  # as its client expects
+        await server.end(clip)
+
+    run(scenario())
+
+
+def test_what_comes_while_a_handed_picture_is_drawn_is_next(server: Server, run: Run) -> None:
+    """Also where it cannot be drawn with it: nobody waits for a look at the queue now and then."""
+
+    async def scenario() -> None:
+        for _ in range(3):
+            while not server.is_idle:
+                await asyncio.sleep(0.01)
+            first = await server.submit(num_inference_steps=20)
+            other = await server.submit(num_inference_steps=1)
+            ended = await server.end(first), await server.end(other)
+            began, over = ended[1].started_at, ended[0].ended_at
+            assert began is not None and over is not None and (began - over).total_seconds() < POLL_S / 2
 
     run(scenario())
 
@@ -410,6 +453,7 @@ def test_the_next_server_goes_on_where_one_stopped(tmp_path: Path, alone: Callab
         assert second.report(ended)["effective"]["resumed_after_step"] >= 7
         assert ended.crashes == 0 and ended.upload is UploadState.WAITING
         assert (await second.end(waiting)).status is Status.COMPLETED
+        await asyncio.sleep(0)  # who waits for results is told first
         assert second.ended == [running.id, waiting.id]
 
         cut_off = await second.submit(num_inference_steps=2000)

@@ -135,6 +135,24 @@ def test_a_job_is_drawn(store: JobStore) -> None:
     assert store.renew() == set()
 
 
+def test_a_job_that_nothing_waits_before_is_taken_as_it_is_added(store: JobStore, open_store: Open) -> None:
+    job, is_new = store.add(new(work=2.0), 10, take=True)
+    assert is_new and job.status is Status.IN_PROGRESS and job.started_at == job.created_at
+    assert get(store, job.id) == job and store.claim() == []
+    other = open_store("server-2")
+    assert other.complete(job.id, [PICTURE], LOCAL) is None  # it is not that one's
+    (waiting,) = add(store)
+    later, _ = store.add(new(), 10, take=True)
+    assert later.status is Status.QUEUED  # it would go before another
+    (tenants,) = add(store, tenant="other", work=1.0)
+    assert claimed(store) == [waiting, tenants, later.id]  # the clock went on with the first: nobody is late for it
+    ended = store.complete(job.id, [PICTURE], LOCAL)
+    assert ended is not None and ended.status is Status.COMPLETED
+    same, is_new = store.add(new(idempotency_key="k", fingerprint="f"), 10, take=True)
+    assert is_new and same.status is Status.IN_PROGRESS
+    assert store.add(new(idempotency_key="k", fingerprint="f"), 10, take=True) == (same, False)
+
+
 def test_a_job_fails_with_its_reason(store: JobStore) -> None:
     (job_id,) = add(store)
     store.claim()
