@@ -270,6 +270,8 @@ class Family(Protocol):
         keeps_norm: guided velocities are as long, token by token, as those of the positive branch.
         distilled: None for a model that its checkpoint's scheduler samples.
         exact_tiles: what is decoded in tiles is what is decoded as a whole, up to rounding.
+        layers_read: of language models that are read before their last layer, by component: the end of the slice of
+            their layers up to there. The others are not loaded, nor is the final norm applied.
     """
 
     draws_video: bool
@@ -278,6 +280,7 @@ class Family(Protocol):
     unguided_scale: float
     keeps_norm: bool
     distilled: Distilled | None
+    layers_read: Mapping[str, int]
 
     @classmethod
     def components(cls) -> Mapping[str, str]:

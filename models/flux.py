@@ -280,6 +280,7 @@ class Flux1:
     """`FluxPipeline`: CLIP gives the pooled vector, T5 the token sequence; latents are packed 2x2 into tokens."""
 
     draws_video = classifier_free = keeps_norm = exact_tiles = False
+    layers_read: Mapping[str, int] = {}
     unguided_scale, distilled = 1.0, None
 
     def __init__(self, parts: Mapping[str, Any]) -> None:

@@ -77,6 +77,14 @@ class Blueprint:
         except ConfigError as e:
             raise ConfigError(f"{key}: {e}") from e
 
+    def layers_left_out(self, key: str) -> int:
+        """How many layers of a language model are not loaded, as the family does not read so far."""
+        if key not in self.family.layers_read:
+            return 0
+        config = self.configs[key]
+        every = range(config.get("text_config", config)["num_hidden_layers"])
+        return len(every) - len(every[: self.family.layers_read[key]])
+
     def processor(self, key: str) -> nn.Module:
         """A processor of the family's own. Raises as `module`."""
         return self.module(key, attention)
@@ -137,7 +145,13 @@ class Blueprint:
                 parts[key] = planned.module(key, attention_of(key)).to(self.plan.dtypes[key])
             elif kind in ENCODERS:
                 encoder = dummy_encoder(
-                    key, self.configs[key], torch.device("meta"), self.plan.dtypes[key], None, planned.mesh.tp
+                    key,
+                    self.configs[key],
+                    torch.device("meta"),
+                    self.plan.dtypes[key],
+                    None,
+                    planned.mesh.tp,
+                    self.family.layers_read.get(key),
                 )
                 parts[key] = encoder.eval()
             elif kind == "image_processor":

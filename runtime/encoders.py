@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ CPU = torch.device("cpu")
 
 # our backend names -> transformers' attention implementations
 IMPLEMENTATIONS = {"torch_sdpa": "sdpa", "eager": "eager"}
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -59,10 +62,12 @@ def load_encoder(
     attention: str | None,
     streams: DeviceStreams | None = None,
     tp: Group = ONE.tp,
+    layers: int | None = None,
 ) -> tuple[LoadTimes, Any]:
     """The encoder named by `architectures` in its config, which is `model_index.json`'s word for it.
 
     Args:
+        layers: see `Family.layers_read`; None for all.
         tp: ranks that share its weights. Each maps the files and copies its own out of them, without the readers: the
             others' are not read, and are never on the device.
     Raises:
@@ -70,13 +75,16 @@ def load_encoder(
             architecture that ranks cannot share.
     """
     cls = _encoder_class(key, config)
-    stored = [tensor for path in _encoder_files(folder) for tensor in stored_tensors(path)]
+    built = cls.config_class.from_pretrained(folder, local_files_only=True)
+    left_out = _leave_out(built, layers)
+    every = (tensor for path in _encoder_files(folder) for tensor in stored_tensors(path))
+    stored = [tensor for tensor in every if _layer_of(tensor.name) not in left_out]
     transformers.utils.logging.disable_progress_bar()  # the caller shows progress
     try:
         with Loader(streams) as loader:
             encoder, info = cls.from_pretrained(
                 None,
-                config=cls.config_class.from_pretrained(folder, local_files_only=True),
+                config=built,
                 state_dict={tensor.name: _Unread(tensor, loader if tp.size == 1 else None) for tensor in stored},
                 dtype=dtype,
                 device_map={"": device if tp.size == 1 else CPU},
@@ -91,11 +99,31 @@ def load_encoder(
     if any(problems.values()):
         told = "; ".join(f"{kind} weights: {some(sorted(names))}" for kind, names in problems.items() if names)
         raise UserError(f"{folder}: {told}")
+    if left_out:
+        encoder.get_decoder().norm = nn.Identity()  # is meant for the last layer
     if tp.size > 1:
         share_encoder(key, encoder, tp)
         encoder._apply(lambda t: t.to(device, copy=True))  # out of the mapped files, which may change
         loader.times.bytes_read = sum(p.nbytes for p in encoder.parameters())
     return loader.times, encoder
+
+
+def _leave_out(config: Any, layers: int | None) -> range:
+    """Shortens a language model to `layers`, the end of a slice. Returns those that it has not any more."""
+    if layers is None:
+        return range(0)
+    text = config.get_text_config()
+    every = range(text.num_hidden_layers)
+    text.num_hidden_layers = len(every[:layers])
+    if getattr(text, "layer_types", None) is not None:
+        text.layer_types = text.layer_types[: text.num_hidden_layers]
+    return every[text.num_hidden_layers :]
+
+
+def _layer_of(name: str) -> int | None:
+    """The layer of a language model that a weight is of."""
+    found = _LAYER.search(name)
+    return None if found is None or "vision" in name else int(found[1])
 
 
 def _encoder_files(folder: Path) -> list[Path]:
@@ -111,21 +139,28 @@ def dummy_encoder(
     dtype: torch.dtype,
     attention: str | None,
     tp: Group = ONE.tp,
+    layers: int | None = None,
 ) -> nn.Module:
     """The encoder of a config at true shape, or a rank's share of it; the caller fills its weights.
 
+    Args:
+        layers: as of `load_encoder`.
     Raises:
         UserError: as `load_encoder`.
     """
     cls = _encoder_class(key, config)
     values = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
+    built = cls.config_class(**values)
+    left_out = _leave_out(built, layers)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
         with torch.device(device):
-            encoder: nn.Module = cls._from_config(cls.config_class(**values), **_attention_option(key, attention))
+            encoder: nn.Module = cls._from_config(built, **_attention_option(key, attention))
     finally:
         torch.set_default_dtype(before)
+    if left_out:
+        encoder.get_decoder().norm = nn.Identity()  # type: ignore[operator]
     share_encoder(key, encoder, tp)
     return encoder
 

@@ -84,7 +84,10 @@ def load_parts(blueprint: Blueprint, folders: Mapping[str, Path] | None, args: S
             weights: Literal["read", "mapped", "dummy"] = "mapped" if found else "read"
             wall_ms = (time.perf_counter() - started) * 1000
             weights = "dummy" if folders is None else weights
-            loaded.reports[key] = ComponentLoad(weights=weights, wall_ms=wall_ms, **asdict(times))
+            left_out = blueprint.layers_left_out(key)
+            loaded.reports[key] = ComponentLoad(
+                weights=weights, layers_left_out=left_out, wall_ms=wall_ms, **asdict(times)
+            )
     return loaded
 
 
@@ -150,13 +153,13 @@ class ComponentLoader:
         # quantised layer by layer on their way to the device, which never has all of them in full
         home = place if quantization is None else CPU
         dtype, requested = plan.dtypes[key], plan.attention[key]
-        times, tp = LoadTimes(), self.blueprint.mesh.tp
+        times, tp, layers = LoadTimes(), self.blueprint.mesh.tp, self.blueprint.family.layers_read.get(key)
         if self.folders is None:
-            encoder = dummy_encoder(key, config, home, dtype, requested, tp)
+            encoder = dummy_encoder(key, config, home, dtype, requested, tp, layers)
             fill_dummy(encoder, home, dtype, drawn_on=plan.device)
         else:
             folder, streams = self.folders[key], self._uploads(key) if home == place else None
-            times, encoder = load_encoder(key, config, folder, home, dtype, requested, streams, tp)
+            times, encoder = load_encoder(key, config, folder, home, dtype, requested, streams, tp, layers)
         kept: Mapping[str, str] = {}
         if isinstance(quantization, Online):
             selection = quantization.select(encoder)

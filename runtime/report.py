@@ -152,6 +152,7 @@ class ComponentLoad(BaseModel):
     """
 
     weights: Literal["read", "mapped", "dummy"]  # mapped: they stay in their files until they are needed
+    layers_left_out: int = 0  # of a language model, whose last layers nobody reads
     wall_ms: Milliseconds
     bytes_read: int = 0
     read_ms: Milliseconds = 0.0
@@ -182,7 +183,7 @@ class LoadReport(BaseModel):
     def total(self) -> ComponentLoad | None:
         """Of all components whose weights were read, one after another."""
         read = [c for c in self.components.values() if c.weights == "read"]
-        numbers = [n for n in ComponentLoad.model_fields if n != "weights"]
+        numbers = [n for n in ComponentLoad.model_fields if n not in ("weights", "layers_left_out")]
         return ComponentLoad(weights="read", **{n: sum(getattr(c, n) for c in read) for n in numbers}) if read else None
 
     def summary(self) -> str:

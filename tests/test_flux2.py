@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from test_graphs import Watch
 from tiny_checkpoints import neutral
 from torch import Tensor
@@ -73,6 +75,28 @@ def asked(**sampling: Any) -> SamplingParams:
         "save_output": False,
     }  # fmt: skip
     return SamplingParams.model_validate(usual | sampling)
+
+
+def test_layers_that_nobody_reads_are_not_loaded(tiny: Tiny, load_anew: Callable[[ServerArgs], Engine]) -> None:
+    """What is read of the others equals diffusers in every test of stages here."""
+    for name, kept in {"flux2": 30, "flux2_klein": 27}.items():
+        engine = load_anew(served(tiny(name)))
+        assert isinstance(engine.backend, NativePipeline) and engine.load_report is not None
+        encoder = engine.backend.parts["text_encoder"]
+        language = encoder.get_decoder()
+        assert len(language.layers) == encoder.config.get_text_config().num_hidden_layers == kept
+        read = engine.load_report.components["text_encoder"]
+        norm = 4 * language.config.hidden_size  # is read, and dropped
+        assert read.layers_left_out == 1 and read.bytes_read == norm + sum(p.nbytes for p in encoder.parameters())
+
+
+def test_a_weight_of_no_layer_is_still_refused(tiny: Tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(tiny("flux2_klein"), folder)
+    (file,) = (folder / "text_encoder").glob("*.safetensors")
+    save_file({**load_file(file), "model.layers.28.mlp.gate_proj.weight": torch.zeros(2, 2)}, file, {"format": "pt"})
+    with pytest.raises(UserError, match=r"unexpected weights: .*layers\.28\.mlp"):
+        Engine.load(served(folder))
 
 
 def served(folder: Path, **server: Any) -> ServerArgs:

@@ -164,6 +164,7 @@ EVERYTHING = Layout(ring=2, ulysses=2, tp=2)
     [
         ("flux", Layout(ulysses=2)), ("flux", EVERYTHING), ("wan", Layout(ring=4)), ("wan", EVERYTHING),
         ("qwen", EVERYTHING), ("z_image", Layout(ring=2, ulysses=2)), ("flux2", Layout(ring=3, ulysses=2)),
+        ("flux2_klein", Layout(ulysses=2)),
     ],
 )  # fmt: skip
 def test_what_is_predicted_to_be_sent_is_what_ranks_send(name: str, layout: Layout, tiny: Tiny) -> None:
@@ -192,6 +193,7 @@ def test_what_is_predicted_to_be_sent_is_what_ranks_send(name: str, layout: Layo
     after = [sum(t.bytes for t in group.traffic.values()) for group in groups]
     sent = {group.name: b - a for group, a, b in zip(groups, before, after, strict=True)}
     assert {of: size for of, size in sent.items() if size} == predicted.sent
+    assert {of for of in ("ulysses", "ring", "tp") if getattr(layout, of) > 1} <= predicted.sent.keys()
 
 
 def test_ranks_divide_the_work(tiny: Tiny) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sgl_diffusion.models.family import ONE_RANK, Condition, Guidance, Size, Split
 from sgl_diffusion.models.flux import Flux1
-from sgl_diffusion.models.flux2 import Flux2
+from sgl_diffusion.models.flux2 import Flux2, Flux2Klein
 from sgl_diffusion.models.qwen_image import QwenImage
 from sgl_diffusion.models.wan import Wan
 from sgl_diffusion.models.z_image import ZImage
@@ -75,6 +75,7 @@ MODELS = {
     # fewer tokens of text than four ranks: all of them have it whole
     "flux, short text": Model(Flux1, FLUX, Size(96, 80), texts(3, pooled_projections=(16,)), 2, 3.5),
     "flux2": Model(Flux2, FLUX2, Size(96, 80), texts(9)),
+    "flux2 klein": Model(Flux2Klein, FLUX2, Size(96, 80), texts(9)),
     "qwen": Model(QwenImage, QWEN, Size(96, 80), texts(9), 2),
     "qwen, given pictures": Model(
         QwenImage, QWEN | {"zero_cond_t": True}, Size(96, 80),

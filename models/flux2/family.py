@@ -41,7 +41,7 @@ from sgl_diffusion.models.family import (
 )
 from sgl_diffusion.models.flux2.presets import DEV, DEV_PRESETS, KLEIN, KLEIN_BASE, KLEIN_PRESETS
 from sgl_diffusion.models.flux2.references import TOKEN_PIXELS, fitting, places, prepared
-from sgl_diffusion.models.flux2.text import mistral_states, qwen_states
+from sgl_diffusion.models.flux2.text import MISTRAL_LAYERS, QWEN_LAYERS, mistral_states, qwen_states
 from sgl_diffusion.models.flux2.transformer import AXES, Flux2Config, Flux2Transformer
 
 TIMESTEPS = 1000  # the transformer sees sigma in thousandths
@@ -53,6 +53,7 @@ class Flux2:
     """`Flux2Pipeline`: guidance is fed to the transformer, text comes from Mistral Small 3."""
 
     draws_video = classifier_free = keeps_norm = exact_tiles = False
+    layers_read: Mapping[str, int] = {"text_encoder": MISTRAL_LAYERS[-1]}
     unguided_scale = 1.0
     distilled: Distilled | None = None
     read_text: Callable[..., Tensor] = staticmethod(mistral_states)
@@ -253,6 +254,7 @@ class Flux2Klein(Flux2):
     """`Flux2KleinPipeline`: text comes from Qwen3; guided by a negative branch, unless distilled to few steps."""
 
     classifier_free = True
+    layers_read: Mapping[str, int] = {"text_encoder": QWEN_LAYERS[-1]}
     read_text = staticmethod(qwen_states)
 
     def __init__(self, parts: Mapping[str, Any]) -> None:
@@ -272,7 +274,7 @@ class Flux2Klein(Flux2):
         options: Mapping[str, Any],
         split: Split = ONE_RANK,
     ) -> nn.Module:
-        module = super().build(component, config, attention, options)
+        module = super().build(component, config, attention, options, split)
         if isinstance(module, Flux2Transformer):
             demand(module.config, guidance_embeds=False)
         return module

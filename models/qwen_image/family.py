@@ -73,6 +73,7 @@ class QwenImage:
     """`QwenImagePipeline`; latents are packed 2 x 2 into tokens."""
 
     draws_video = classifier_free = False
+    layers_read: Mapping[str, int] = {}
     keeps_norm = exact_tiles = True
     unguided_scale = 1.0
     distilled: Distilled | None = None

@@ -64,6 +64,7 @@ class Wan:
     """One denoiser or two; parts that a checkpoint lacks are None or not there."""
 
     draws_video = classifier_free = exact_tiles = True
+    layers_read: Mapping[str, int] = {}
     unguided_scale, keeps_norm = 1.0, False
     distilled: Distilled | None = None
 

@@ -38,7 +38,6 @@ from sgl_diffusion.models.z_image.presets import FEW_STEPS, MANY_STEPS, PRESETS
 from sgl_diffusion.models.z_image.transformer import PATCH, ZImageConfig, ZImageTransformer
 
 TIMESTEPS = 1000
-LAYER = -2  # of the language model, whose last layer and norm nobody reads
 EXAMPLE_TOKENS = (64, 37)  # of prompts; 16 does not divide the second
 
 
@@ -46,6 +45,7 @@ class ZImage:
     """`guidance_scale` g as the pipeline counts it: positive + g * (positive - negative)."""
 
     draws_video = keeps_norm = exact_tiles = False
+    layers_read: Mapping[str, int] = {"text_encoder": -1}
     classifier_free = True
     unguided_scale = 0.0
     distilled: Distilled | None = None
@@ -141,7 +141,7 @@ class ZImage:
     ) -> Condition:
         """A causal model does not see the padding behind a prompt: left out, nothing changes."""
         ids = chat_ids(self.parts["tokenizer"], prompt, max_sequence_length, enable_thinking=True)
-        return Condition({"cap_feats": language_states(self.parts["text_encoder"], ids, (LAYER,), execute)})
+        return Condition({"cap_feats": language_states(self.parts["text_encoder"], ids, (-1,), execute)})
 
     def image_tokens(self, size: Size) -> int:
         return (size.height // self.patch) * (size.width // self.patch)
