@@ -259,6 +259,17 @@ def check_step(name: str, n: int, step: int, first: int | None = None) -> None:
         raise ValueError(f"{name}={n}: must be {rule}; nearest: {nearest}")
 
 
+@dataclass(frozen=True)
+class Read:
+    """What a family reads of a language model: states between its layers, never the head that tells the next token.
+
+    Attributes:
+        layers: the end of a slice of its layers: the last that is read, and with it the final norm, if that is not all.
+    """
+
+    layers: int | None = None
+
+
 class Family(Protocol):
     """A family's pipeline: stateless but for its loaded parts. All tensors live on the parts' device.
 
@@ -270,8 +281,7 @@ class Family(Protocol):
         keeps_norm: guided velocities are as long, token by token, as those of the positive branch.
         distilled: None for a model that its checkpoint's scheduler samples.
         exact_tiles: what is decoded in tiles is what is decoded as a whole, up to rounding.
-        layers_read: of language models that are read before their last layer, by component: the end of the slice of
-            their layers up to there. The others are not loaded, nor is the final norm applied.
+        language_models: what is read of those that are text encoders, by component. The rest is not loaded.
     """
 
     draws_video: bool
@@ -280,7 +290,7 @@ class Family(Protocol):
     unguided_scale: float
     keeps_norm: bool
     distilled: Distilled | None
-    layers_read: Mapping[str, int]
+    language_models: Mapping[str, Read]
 
     @classmethod
     def components(cls) -> Mapping[str, str]:

@@ -30,6 +30,7 @@ from sgl_diffusion.models.family import (
     Phase,
     Predictor,
     Preset,
+    Read,
     Size,
     Split,
     check_step,
@@ -280,7 +281,7 @@ class Flux1:
     """`FluxPipeline`: CLIP gives the pooled vector, T5 the token sequence; latents are packed 2x2 into tokens."""
 
     draws_video = classifier_free = keeps_norm = exact_tiles = False
-    layers_read: Mapping[str, int] = {}
+    language_models: Mapping[str, Read] = {}
     unguided_scale, distilled = 1.0, None
 
     def __init__(self, parts: Mapping[str, Any]) -> None:

@@ -108,7 +108,7 @@ class LayerStates:
     """A pure function of token ids: what a causal language model has after some of its layers, side by side.
 
     `layers` count from 0, the embedded tokens, to -1, the last layer that is loaded, with the model's final norm where
-    all are (`Family.layers_read`).
+    all are (`Family.language_models`).
     """
 
     language_model: Any

@@ -79,11 +79,11 @@ class Blueprint:
 
     def layers_left_out(self, key: str) -> int:
         """How many layers of a language model are not loaded, as the family does not read so far."""
-        if key not in self.family.layers_read:
+        read, config = self.family.language_models.get(key), self.configs[key]
+        if read is None or read.layers is None:
             return 0
-        config = self.configs[key]
         every = range(config.get("text_config", config)["num_hidden_layers"])
-        return len(every) - len(every[: self.family.layers_read[key]])
+        return len(every) - len(every[: read.layers])
 
     def processor(self, key: str) -> nn.Module:
         """A processor of the family's own. Raises as `module`."""
@@ -151,7 +151,7 @@ class Blueprint:
                     self.plan.dtypes[key],
                     None,
                     planned.mesh.tp,
-                    self.family.layers_read.get(key),
+                    self.family.language_models.get(key),
                 )
                 parts[key] = encoder.eval()
             elif kind == "image_processor":

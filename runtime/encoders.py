@@ -12,6 +12,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from sgl_diffusion.models.family import Read
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.parallel.group import Group
 from sgl_diffusion.runtime.parallel.mesh import ONE
@@ -62,12 +63,12 @@ def load_encoder(
     attention: str | None,
     streams: DeviceStreams | None = None,
     tp: Group = ONE.tp,
-    layers: int | None = None,
+    read: Read | None = None,
 ) -> tuple[LoadTimes, Any]:
     """The encoder named by `architectures` in its config, which is `model_index.json`'s word for it.
 
     Args:
-        layers: see `Family.layers_read`; None for all.
+        read: what of a language model is loaded; None for all.
         tp: ranks that share its weights. Each maps the files and copies its own out of them, without the readers: the
             others' are not read, and are never on the device.
     Raises:
@@ -76,9 +77,10 @@ def load_encoder(
     """
     cls = _encoder_class(key, config)
     built = cls.config_class.from_pretrained(folder, local_files_only=True)
-    left_out = _leave_out(built, layers)
+    left_out = _reduce(built, read)
     every = (tensor for path in _encoder_files(folder) for tensor in stored_tensors(path))
-    stored = [tensor for tensor in every if _layer_of(tensor.name) not in left_out]
+    unread = () if read is None else ("lm_head.weight",)
+    stored = [t for t in every if _layer_of(t.name) not in left_out and not t.name.endswith(unread)]
     transformers.utils.logging.disable_progress_bar()  # the caller shows progress
     try:
         with Loader(streams) as loader:
@@ -99,8 +101,7 @@ def load_encoder(
     if any(problems.values()):
         told = "; ".join(f"{kind} weights: {some(sorted(names))}" for kind, names in problems.items() if names)
         raise UserError(f"{folder}: {told}")
-    if left_out:
-        encoder.get_decoder().norm = nn.Identity()  # is meant for the last layer
+    _drop(encoder, read, left_out)
     if tp.size > 1:
         share_encoder(key, encoder, tp)
         encoder._apply(lambda t: t.to(device, copy=True))  # out of the mapped files, which may change
@@ -108,16 +109,25 @@ def load_encoder(
     return loader.times, encoder
 
 
-def _leave_out(config: Any, layers: int | None) -> range:
-    """Shortens a language model to `layers`, the end of a slice. Returns those that it has not any more."""
-    if layers is None:
+def _reduce(config: Any, read: Read | None) -> range:
+    """Makes it the config of what is read. Returns the numbers of the layers that it has not any more."""
+    if read is None:
         return range(0)
     text = config.get_text_config()
+    config.tie_word_embeddings = text.tie_word_embeddings = True  # such a head is no weight of its own
     every = range(text.num_hidden_layers)
-    text.num_hidden_layers = len(every[:layers])
+    text.num_hidden_layers = len(every[: read.layers])
     if getattr(text, "layer_types", None) is not None:
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     return every[text.num_hidden_layers :]
+
+
+def _drop(encoder: Any, read: Read | None, left_out: range) -> None:
+    """Takes away what a language model comes with and nobody reads."""
+    if read is not None and hasattr(encoder, "lm_head"):
+        encoder.lm_head = nn.Identity()
+    if left_out:
+        encoder.get_decoder().norm = nn.Identity()  # is meant for the last layer
 
 
 def _layer_of(name: str) -> int | None:
@@ -139,19 +149,19 @@ def dummy_encoder(
     dtype: torch.dtype,
     attention: str | None,
     tp: Group = ONE.tp,
-    layers: int | None = None,
+    read: Read | None = None,
 ) -> nn.Module:
     """The encoder of a config at true shape, or a rank's share of it; the caller fills its weights.
 
     Args:
-        layers: as of `load_encoder`.
+        read: as of `load_encoder`.
     Raises:
         UserError: as `load_encoder`.
     """
     cls = _encoder_class(key, config)
     values = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
     built = cls.config_class(**values)
-    left_out = _leave_out(built, layers)
+    left_out = _reduce(built, read)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -159,8 +169,7 @@ def dummy_encoder(
             encoder: nn.Module = cls._from_config(built, **_attention_option(key, attention))
     finally:
         torch.set_default_dtype(before)
-    if left_out:
-        encoder.get_decoder().norm = nn.Identity()  # type: ignore[operator]
+    _drop(encoder, read, left_out)
     share_encoder(key, encoder, tp)
     return encoder
 

@@ -153,13 +153,13 @@ class ComponentLoader:
         # quantised layer by layer on their way to the device, which never has all of them in full
         home = place if quantization is None else CPU
         dtype, requested = plan.dtypes[key], plan.attention[key]
-        times, tp, layers = LoadTimes(), self.blueprint.mesh.tp, self.blueprint.family.layers_read.get(key)
+        times, tp, read = LoadTimes(), self.blueprint.mesh.tp, self.blueprint.family.language_models.get(key)
         if self.folders is None:
-            encoder = dummy_encoder(key, config, home, dtype, requested, tp, layers)
+            encoder = dummy_encoder(key, config, home, dtype, requested, tp, read)
             fill_dummy(encoder, home, dtype, drawn_on=plan.device)
         else:
             folder, streams = self.folders[key], self._uploads(key) if home == place else None
-            times, encoder = load_encoder(key, config, folder, home, dtype, requested, streams, tp, layers)
+            times, encoder = load_encoder(key, config, folder, home, dtype, requested, streams, tp, read)
         kept: Mapping[str, str] = {}
         if isinstance(quantization, Online):
             selection = quantization.select(encoder)

@@ -216,6 +216,14 @@ def test_requests_it_cannot_honour_are_refused(
 
 
 @pytest.mark.usefixtures("small_pictures")
+def test_the_head_of_the_language_model_is_not_loaded(tiny: Tiny) -> None:
+    engine = load(tiny("qwen"))
+    assert isinstance(engine.backend, NativePipeline) and engine.load_report is not None
+    encoder, loaded = engine.backend.parts["text_encoder"], engine.load_report.components["text_encoder"]
+    assert isinstance(encoder.lm_head, torch.nn.Identity)
+    assert loaded.bytes_read == sum(p.nbytes for p in encoder.parameters()) and loaded.layers_left_out == 0
+
+
 def test_edits_need_their_pictures(tiny: Tiny, pictures: list[str]) -> None:
     edit = load(tiny("qwen_edit"))
     for given in ([], pictures[:2]):

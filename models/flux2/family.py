@@ -34,6 +34,7 @@ from sgl_diffusion.models.family import (
     Phase,
     Predictor,
     Preset,
+    Read,
     Size,
     Split,
     check_step,
@@ -53,7 +54,7 @@ class Flux2:
     """`Flux2Pipeline`: guidance is fed to the transformer, text comes from Mistral Small 3."""
 
     draws_video = classifier_free = keeps_norm = exact_tiles = False
-    layers_read: Mapping[str, int] = {"text_encoder": MISTRAL_LAYERS[-1]}
+    language_models: Mapping[str, Read] = {"text_encoder": Read(MISTRAL_LAYERS[-1])}
     unguided_scale = 1.0
     distilled: Distilled | None = None
     read_text: Callable[..., Tensor] = staticmethod(mistral_states)
@@ -254,7 +255,7 @@ class Flux2Klein(Flux2):
     """`Flux2KleinPipeline`: text comes from Qwen3; guided by a negative branch, unless distilled to few steps."""
 
     classifier_free = True
-    layers_read: Mapping[str, int] = {"text_encoder": QWEN_LAYERS[-1]}
+    language_models: Mapping[str, Read] = {"text_encoder": Read(QWEN_LAYERS[-1])}
     read_text = staticmethod(qwen_states)
 
     def __init__(self, parts: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from sgl_diffusion.models.family import (
     Phase,
     Predictor,
     Preset,
+    Read,
     Size,
     Split,
     check_step,
@@ -73,7 +74,7 @@ class QwenImage:
     """`QwenImagePipeline`; latents are packed 2 x 2 into tokens."""
 
     draws_video = classifier_free = False
-    layers_read: Mapping[str, int] = {}
+    language_models: Mapping[str, Read] = {"text_encoder": Read()}
     keeps_norm = exact_tiles = True
     unguided_scale = 1.0
     distilled: Distilled | None = None

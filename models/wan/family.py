@@ -35,6 +35,7 @@ from sgl_diffusion.models.family import (
     Phase,
     Predictor,
     Preset,
+    Read,
     Size,
     Split,
     check_step,
@@ -64,7 +65,7 @@ class Wan:
     """One denoiser or two; parts that a checkpoint lacks are None or not there."""
 
     draws_video = classifier_free = exact_tiles = True
-    layers_read: Mapping[str, int] = {}
+    language_models: Mapping[str, Read] = {}
     unguided_scale, keeps_norm = 1.0, False
     distilled: Distilled | None = None
 

@@ -28,6 +28,7 @@ from sgl_diffusion.models.family import (
     Phase,
     Predictor,
     Preset,
+    Read,
     Size,
     Split,
     check_step,
@@ -45,7 +46,7 @@ class ZImage:
     """`guidance_scale` g as the pipeline counts it: positive + g * (positive - negative)."""
 
     draws_video = keeps_norm = exact_tiles = False
-    layers_read: Mapping[str, int] = {"text_encoder": -1}
+    language_models: Mapping[str, Read] = {"text_encoder": Read(-1)}
     classifier_free = True
     unguided_scale = 0.0
     distilled: Distilled | None = None
