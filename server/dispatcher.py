@@ -195,7 +195,10 @@ class Dispatcher:
         Raises:
             QueueFull, IdempotencyConflict, StoreUnavailable: as `JobStore.add`.
         """
-        new = replace(new, batch_key=_batch_key(new))
+        # to its end, though nobody may wait for it any more: a job that was claimed has to be drawn
+        return await asyncio.shield(asyncio.create_task(self._add(replace(new, batch_key=_batch_key(new)))))
+
+    async def _add(self, new: NewJob) -> tuple[Job, bool]:
         idle = None if new.kind is Kind.VIDEO else next((s for s in self.schedulers if s.is_idle), None)
         with nullcontext() if idle is None else idle.reserved():
             limit = self._args.max_queue_size

@@ -366,6 +366,25 @@ def test_a_picture_goes_to_an_idle_engine_without_a_stay_in_the_queue(server: Se
     run(scenario())
 
 
+def test_a_picture_whose_client_leaves_as_it_is_claimed_is_drawn_all_the_same(server: Server, run: Run) -> None:
+    async def scenario() -> None:
+        for waited in range(4):
+            while not server.is_idle:
+                await asyncio.sleep(0.01)
+            sampling = {"prompt": [PROMPT], "num_inference_steps": 1}
+            new = NewJob(id=f"img_{uuid.uuid4().hex}", kind=Kind.IMAGE, sampling=sampling)
+            submitting = asyncio.create_task(server.dispatcher.submit(new))
+            for _ in range(1 + waited):
+                await asyncio.sleep(0)
+            submitting.cancel()
+            await asyncio.wait([submitting])
+            while (job := server.store.get(new.id)) is None:
+                await asyncio.sleep(0.01)
+            assert (await server.end(job)).status is Status.COMPLETED
+
+    run(scenario())
+
+
 def test_what_comes_while_a_handed_picture_is_drawn_is_next(server: Server, run: Run) -> None:
     """Also where it cannot be drawn with it: nobody waits for a look at the queue now and then."""
 
