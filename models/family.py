@@ -264,7 +264,8 @@ class Read:
     """What a family reads of a language model: states between its layers, never the head that tells the next token.
 
     Attributes:
-        layers: the end of a slice of its layers: the last that is read, and with it the final norm, if that is not all.
+        layers: the end of a slice of its layers, up to which they are read; None: all. Where it is not all, the final
+            norm is not applied either.
     """
 
     layers: int | None = None

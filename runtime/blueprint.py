@@ -77,14 +77,6 @@ class Blueprint:
         except ConfigError as e:
             raise ConfigError(f"{key}: {e}") from e
 
-    def layers_left_out(self, key: str) -> int:
-        """How many layers of a language model are not loaded, as the family does not read so far."""
-        read, config = self.family.language_models.get(key), self.configs[key]
-        if read is None or read.layers is None:
-            return 0
-        every = range(config.get("text_config", config)["num_hidden_layers"])
-        return len(every) - len(every[: read.layers])
-
     def processor(self, key: str) -> nn.Module:
         """A processor of the family's own. Raises as `module`."""
         return self.module(key, attention)

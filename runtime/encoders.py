@@ -159,8 +159,7 @@ def dummy_encoder(
         UserError: as `load_encoder`.
     """
     cls = _encoder_class(key, config)
-    values = {k: v for k, v in config.items() if k not in ("architectures", "model_type", "dtype", "torch_dtype")}
-    built = cls.config_class(**values)
+    built = _built(cls, config)
     left_out = _reduce(built, read)
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -172,6 +171,17 @@ def dummy_encoder(
     _drop(encoder, read, left_out)
     share_encoder(key, encoder, tp)
     return encoder
+
+
+def layers_left_out(key: str, config: Mapping[str, Any], read: Read) -> int:
+    """How many layers of a language model nobody reads. Raises UserError for an unknown class."""
+    return len(_reduce(_built(_encoder_class(key, config), config), read))
+
+
+def _built(cls: Any, config: Mapping[str, Any]) -> Any:
+    """The config as transformers has it."""
+    told = ("architectures", "model_type", "dtype", "torch_dtype")
+    return cls.config_class(**{name: value for name, value in config.items() if name not in told})
 
 
 def read_processor(key: str, config: Mapping[str, Any]) -> Any:

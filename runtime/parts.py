@@ -16,7 +16,7 @@ from sgl_diffusion.models.text import HashTokenizer
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.attention import Attention
 from sgl_diffusion.runtime.blueprint import Blueprint
-from sgl_diffusion.runtime.encoders import dummy_encoder, load_encoder, load_tokenizer, read_processor
+from sgl_diffusion.runtime.encoders import dummy_encoder, layers_left_out, load_encoder, load_tokenizer, read_processor
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.offload import CudaStreams, fits_host_memory
 from sgl_diffusion.runtime.quantization.component import Online, Stored
@@ -84,7 +84,8 @@ def load_parts(blueprint: Blueprint, folders: Mapping[str, Path] | None, args: S
             weights: Literal["read", "mapped", "dummy"] = "mapped" if found else "read"
             wall_ms = (time.perf_counter() - started) * 1000
             weights = "dummy" if folders is None else weights
-            left_out = blueprint.layers_left_out(key)
+            read = blueprint.family.language_models.get(key)
+            left_out = 0 if read is None else layers_left_out(key, blueprint.configs[key], read)
             loaded.reports[key] = ComponentLoad(
                 weights=weights, layers_left_out=left_out, wall_ms=wall_ms, **asdict(times)
             )
