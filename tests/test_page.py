@@ -281,7 +281,7 @@ def test_clips_begin_with_a_picture_show_progress_and_survive_a_reload(
         page.fill("#prompt", "a cat")
         page.set_input_files("#image_path", str(picture))
         page.wait_for_selector("#inputs img")
-        for name, value in {"width": "32", "height": "32", "num_frames": "5", "num_inference_steps": "100"}.items():
+        for name, value in {"width": "32", "height": "32", "num_frames": "5", "num_inference_steps": "600"}.items():
             page.fill(f"#{name}", value)
         page.keyboard.press("Control+Enter")
         page.wait_for_selector("progress[value]")
