@@ -281,12 +281,12 @@ def test_clips_begin_with_a_picture_show_progress_and_survive_a_reload(
         page.fill("#prompt", "a cat")
         page.set_input_files("#image_path", str(picture))
         page.wait_for_selector("#inputs img")
-        for name, value in {"width": "32", "height": "32", "num_frames": "5", "num_inference_steps": "600"}.items():
+        for name, value in {"width": "32", "height": "32", "num_frames": "5", "num_inference_steps": "400"}.items():
             page.fill(f"#{name}", value)
         page.keyboard.press("Control+Enter")
         page.wait_for_selector("progress[value]")
         page.reload()  # it goes on without the page, which comes back to it
-        page.wait_for_selector("li.completed video")
+        page.wait_for_selector("li.completed video", timeout=60_000)
         wait_for(lambda: shown_number(page, "video", "readyState") >= 2)
         assert shown_number(page, "video", "videoWidth") == 32
         settings = page.text_content(".settings").replace("\xa0", " ")
