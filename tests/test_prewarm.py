@@ -102,7 +102,7 @@ print(len(compiled), len(wanted - compiled))
         ("sm_90", "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", None, 3),
         ("sm_90", "Tongyi-MAI/Z-Image-Turbo", "fp8", 6),
         ("sm_90", "black-forest-labs/FLUX.2-klein-4B", None, 6),
-        ("sm_90", "Qwen/Qwen-Image", None, 2),
+        ("sm_90", "Qwen/Qwen-Image", None, 4),
     ],
 )
 def test_whatever_size_is_asked_for_its_kernels_are_compiled(
