@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Callable
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel
@@ -25,11 +25,8 @@ router = APIRouter(tags=["images"], responses=ERRORS)
 
 KINDS = (Kind.IMAGE, Kind.IMAGE_EDIT)
 UPLOAD_WAIT_S = 30.0  # for a cloud URL; then the picture's URL is ours, for as long as it is here
-SMALL_BYTES = 1 << 18  # are read and encoded in less time than a thread takes to begin on a busy machine
+SMALL_BYTES = 1 << 18  # more is read and encoded in a thread, so that nobody else waits for it
 EVENT_NAMES = {Kind.IMAGE: "image_generation", Kind.IMAGE_EDIT: "image_edit"}
-
-
-P = ParamSpec("P")
 
 
 class Picture(BaseModel):
@@ -102,7 +99,7 @@ async def _answer(request: Request, submission: Submission, job: Job, *, is_new:
     answer: dict[str, Any] = {"id": job.id, "created": int(job.created_at.timestamp())} | _shared(job)
     answer["data"] = await _data(here, job, base)
     size = sum(result.size_bytes for result in job.results)
-    body = await _unless_small(size, json.dumps, answer)
+    body = await _unless_small(size, lambda: json.dumps(answer))
     return Response(body, media_type="application/json", headers=headers)
 
 
@@ -132,11 +129,9 @@ async def _base64(here: Context, job: Job, index: int) -> str:
         return base64.b64encode(await here.uploader.fetch(job, index)).decode()
 
 
-async def _unless_small(size_bytes: int, work: Callable[P, str], *args: P.args, **kwargs: P.kwargs) -> str:
-    """Work on so many bytes, in a thread unless that would take longer than the work itself."""
-    if size_bytes <= SMALL_BYTES:
-        return work(*args, **kwargs)
-    return await asyncio.to_thread(work, *args, **kwargs)
+async def _unless_small(size_bytes: int, work: Callable[[], str]) -> str:
+    """Work on so many bytes, in a thread unless they are few."""
+    return work() if size_bytes <= SMALL_BYTES else await asyncio.to_thread(work)
 
 
 async def _events(here: Context, job: Job, base: str, *, keep: bool) -> AsyncIterator[bytes]:

@@ -24,6 +24,7 @@ from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.server.args import ServeArgs
 from sgl_diffusion.server.dispatcher import Dispatcher, EngineAway
+from sgl_diffusion.server.drawing import PROGRESS_S
 from sgl_diffusion.server.folders import REPORT, Folders
 from sgl_diffusion.server.jobs import Ended, Job, JobEvent, Kind, NewJob, Preview, Progress, Status, UploadState
 from sgl_diffusion.server.scheduler import POLL_S
@@ -96,9 +97,10 @@ class Server:
             await asyncio.sleep(0.01)
         self.ended.remove(long.id)
 
-    @property
-    def is_idle(self) -> bool:
-        return all(scheduler.is_idle for scheduler in self.dispatcher.schedulers)
+    async def rests(self) -> None:
+        """It has nothing to do."""
+        while not all(scheduler.is_idle for scheduler in self.dispatcher.schedulers):
+            await asyncio.sleep(0.01)
 
     def kill_engine(self) -> None:
         pid = self.dispatcher.engine.pid
@@ -199,6 +201,16 @@ def test_a_job_is_drawn_and_watched_from_beginning_to_end(
         assert not list(server.folders.root.glob("snapshots/*")) and not list(server.folders.root.glob("results/.*"))
         with pytest.raises(KeyError), server.dispatcher.watch("img_" + "0" * 32) as none:
             await anext(none)
+
+    run(scenario())
+
+
+def test_short_steps_are_told_now_and_then(server: Server, run: Run) -> None:
+    async def scenario() -> None:
+        began = time.monotonic()
+        events = await server.watched(await server.submit(num_inference_steps=60))
+        steps = [e.step for e in events if isinstance(e, Progress) and e.steps]
+        assert 0 < len(steps) <= 1 + (time.monotonic() - began) / PROGRESS_S
 
     run(scenario())
 
@@ -351,14 +363,12 @@ def test_another_server_of_the_same_database_watches_and_cancels(server: Server,
 def test_a_picture_goes_to_an_idle_engine_without_a_stay_in_the_queue(server: Server, run: Run) -> None:
     async def scenario() -> None:
         await server.end(await server.submit(num_inference_steps=1))
-        while not server.is_idle:
-            await asyncio.sleep(0.01)
+        await server.rests()
         first, second = await server.submit(num_inference_steps=40), await server.submit(num_inference_steps=1)
         assert (first.status, second.status) == (Status.IN_PROGRESS, Status.QUEUED)
         assert first.started_at == first.created_at
         assert [(await server.end(job)).status for job in (first, second)] == [Status.COMPLETED] * 2
-        while not server.is_idle:
-            await asyncio.sleep(0.01)
+        await server.rests()
         clip = await server.submit(num_inference_steps=1, new={"kind": Kind.VIDEO})
         assert clip.status is Status.QUEUED  # as its client expects
         await server.end(clip)
@@ -369,8 +379,7 @@ def test_a_picture_goes_to_an_idle_engine_without_a_stay_in_the_queue(server: Se
 def test_a_picture_whose_client_leaves_as_it_is_claimed_is_drawn_all_the_same(server: Server, run: Run) -> None:
     async def scenario() -> None:
         for waited in range(4):
-            while not server.is_idle:
-                await asyncio.sleep(0.01)
+            await server.rests()
             sampling = {"prompt": [PROMPT], "num_inference_steps": 1}
             new = NewJob(id=f"img_{uuid.uuid4().hex}", kind=Kind.IMAGE, sampling=sampling)
             submitting = asyncio.create_task(server.dispatcher.submit(new))
@@ -390,8 +399,7 @@ def test_what_comes_while_a_handed_picture_is_drawn_is_next(server: Server, run:
 
     async def scenario() -> None:
         for _ in range(3):
-            while not server.is_idle:
-                await asyncio.sleep(0.01)
+            await server.rests()
             first = await server.submit(num_inference_steps=20)
             other = await server.submit(num_inference_steps=1)
             ended = await server.end(first), await server.end(other)
