@@ -44,3 +44,11 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def nothing_compiled() -> None:
+    """torch.compile begins anew: it keeps code by Python function, and would run what an earlier test's engine made."""
+    import torch
+
+    torch.compiler.reset()

@@ -186,6 +186,7 @@ def test_attention_backend_of_diffusers_is_chosen_and_reported(tiny: Tiny) -> No
     assert others.value == "native", "the next model in this process did not ask for it"
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_compiled_blocks_draw_the_same_picture(tiny: Tiny) -> None:
     """Both backends, with one block list compiled on a CPU."""
     for backend in ("sglang", "diffusers"):

@@ -172,6 +172,7 @@ def test_offloaded_layers_draw_the_same(tiny: Callable[[str], Path]) -> None:
         assert torch.equal(drawn(engine, **SIZES["flux"]), resident)
 
 
+@pytest.mark.usefixtures("nothing_compiled")
 def test_blocks_of_codes_are_compiled(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """As far as Dynamo: what it traced is run as it is. Inductor takes a minute, and has a test of blocks in full."""
     traced: list[int] = []
