@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import tempfile
@@ -12,13 +11,9 @@ from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-TIMEOUT_S = 240.0
+from forks import FORKS
 
-# forks of a process that has imported what takes long: eight ranks are there in a second
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(
-    ["torch.distributed", "sgl_diffusion.runtime.engine", "sgl_diffusion.runtime.parallel.mesh"]
-)
+TIMEOUT_S = 240.0
 
 
 def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -29,9 +24,9 @@ def run_ranks(count: int, function: Callable[..., Any], *arguments: Any) -> list
     with tempfile.TemporaryDirectory() as folder:
         lines, processes = [], []
         for rank in range(count):
-            ours, theirs = PROCESSES.Pipe(duplex=False)
+            ours, theirs = FORKS.Pipe(duplex=False)
             given = (theirs, f"file://{folder}/store", rank, count, function, arguments)
-            process = PROCESSES.Process(target=_be_rank, args=given, daemon=True)
+            process = FORKS.Process(target=_be_rank, args=given, daemon=True)
             process.start()
             theirs.close()
             lines.append(ours)

@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from forks import SGLANG, sglang
 from tiny_checkpoints import copy, edit_weights
 
-SGLANG = Path(sys.executable).with_name("sglang")
 # on the CPU wherever the tests run: fp32, and the same bits everywhere
 SMALL = (
     "--device",
@@ -28,18 +27,6 @@ SMALL = (
     "16",
 )
 Tiny = Callable[[str], Path]
-
-
-def sglang(*words: str | Path, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [SGLANG, *map(str, words)],
-        cwd=cwd,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **(env or {})},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
 
 
 def assert_refused(done: subprocess.CompletedProcess[str], *told: str) -> None:

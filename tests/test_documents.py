@@ -7,7 +7,6 @@ import io
 import os
 import shlex
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,13 +14,13 @@ import av
 import openai
 import pytest
 import torch
+from forks import SGLANG
 from hub import publish
 from PIL import Image
 from server_process import serving
 
 from sgl_diffusion.runtime.output import read_metadata
 
-SGLANG = Path(sys.executable).with_name("sglang")
 FEW_STEPS = {"num_inference_steps": 2, "max_sequence_length": 64}
 SMALL = {"height": 64, "width": 96, **FEW_STEPS}
 CLIP = {**SMALL, "num_frames": 5}

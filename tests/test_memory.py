@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import sglang
 from PIL import Image
 from torch.profiler import ProfilerActivity, profile
 
@@ -431,9 +432,8 @@ def test_latents_are_kept_and_decoded_by_the_cli(
 
     out = tmp_path / "resumed"
     words = ["--model-path", str(tiny("flux")), "--device", "cpu", "--output-path", str(out)]
-    command = [sys.executable, "-m", "sgl_diffusion.cli.main", "generate", *words, "--output-file-name", "b.png"]
-    command += ["--resume-latents", str(kept), "--perf-dump-path", str(dump)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    words += ["--output-file-name", "b.png", "--resume-latents", str(kept), "--perf-dump-path", str(dump)]
+    done = sglang("generate", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for i, output in enumerate(whole):
         assert output.image is not None

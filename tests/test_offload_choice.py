@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from forks import sglang
 
 from sgl_diffusion.cli import generate
 from sgl_diffusion.cli.flags import Parser, parse_command_line
@@ -122,9 +123,7 @@ def test_a_cpu_has_nothing_to_offload(words: str, told: str) -> None:
 
 
 def test_the_command_line_refuses_before_any_work(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "sgl_diffusion.cli.main", "generate", "--prompt", "x", "--device", "cpu"]
-    command += ["--dit-cpu-offload"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    done = sglang("generate", "--prompt", "x", "--device", "cpu", "--dit-cpu-offload", cwd=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.endswith("dit_cpu_offload=true: on a CPU there is nothing to offload")

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import struct
-import subprocess
-import sys
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -21,6 +18,7 @@ import torch
 from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
 from diffusers.utils import load_image
 from diffusers.video_processor import VideoProcessor
+from forks import sglang
 from PIL import Image
 
 from sgl_diffusion.models.pictures import area_size, fit
@@ -28,7 +26,6 @@ from sgl_diffusion.runtime import pictures
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.pictures import read_pictures
 
-SGLANG = Path(sys.executable).with_name("sglang")
 ORIENTATION = 0x0112
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 7, 4), np.uint8).repeat(8, 0).repeat(8, 1)
 
@@ -187,8 +184,7 @@ def test_wide_values_are_refused_rather_than_cut_off(tmp_path: Path, mode: str) 
 def test_the_command_line_tells_it_in_one_line(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     words = ["generate", "--model-path", tiny("sdxl"), "--pipeline", "StableDiffusionXLImg2ImgPipeline",
              "--prompt", "a circle", "--output-path", tmp_path / "out", "--image-path", "none.png"]  # fmt: skip
-    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([SGLANG, *words], capture_output=True, text=True, cwd=tmp_path, env=env)
+    done = sglang(*words, cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "image_path=none.png: not a readable picture: No such file or directory" in done.stderr
 

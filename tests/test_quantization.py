@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from forks import sglang
 from ranks import run_ranks
 from test_offload import StandIn
 from test_offload import load as load_offloaded
@@ -235,10 +234,6 @@ def test_work_is_counted() -> None:
 # -- what is told, and refused ------------------------------------------------------------
 
 
-def sglang(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "sgl_diffusion.cli.main", *arguments], capture_output=True, text=True)
-
-
 def test_the_receipt(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     dump = tmp_path / "perf.json"
     size = [word for name, value in SIZES["flux"].items() for word in (f"--{name}", str(value))]
@@ -246,7 +241,7 @@ def test_the_receipt(tiny: Callable[[str], Path], tmp_path: Path) -> None:
         "generate", "--model-path", str(tiny("flux")), "--device", "cpu", "--prompt", "red",
         "--num-inference-steps", "1", "--quantization", "fp8", "--quantization-ignored-layers", "attn.to_out",
         "single_transformer_blocks.0.*", *size,
-        "--output-path", str(tmp_path), "--perf-dump-path", str(dump),
+        "--output-path", str(tmp_path), "--perf-dump-path", str(dump), cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     report = json.loads(dump.read_text())

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from forks import SGLANG, sglang
 from PIL import Image
 from server_process import serving, wait_for
 
-SGLANG = str(Path(sys.executable).with_name("sglang"))
 TORCHRUN = str(Path(sys.executable).with_name("torchrun"))
 REQUEST = ("--prompt", "a red circle", "--device", "cpu", "--num-inference-steps", "4", "--output-file-name", "a.png")
 FOREVER = ("--prompt", "a red circle", "--device", "cpu", "--num-inference-steps", "3000", "--log-level", "warning")
@@ -29,12 +29,12 @@ U2, U2R2 = ("--num-gpus", "2", "--ulysses-degree", "2"), ("--num-gpus", "4", "--
 LEAST_PSNR = 50.0  # of 8-bit pixels: fewer than one in a hundred differ by one
 
 
-def start(*command: str, cwd: Path) -> subprocess.Popen[str]:
+def start(*command: str | Path, cwd: Path) -> subprocess.Popen[str]:
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def run(*command: str, cwd: Path) -> tuple[int, str, str]:
+def run(*command: str | Path, cwd: Path) -> tuple[int, str, str]:
     process = start(*command, cwd=cwd)
     out, error = process.communicate(timeout=280)
     return process.returncode, out, error
@@ -54,8 +54,8 @@ def psnr(a: np.ndarray[Any, Any], b: np.ndarray[Any, Any]) -> float:
 def alone(tmp_path_factory: pytest.TempPathFactory) -> np.ndarray[Any, Any]:
     """The picture of one process."""
     folder = tmp_path_factory.mktemp("alone")
-    code, _, error = run(SGLANG, "generate", *REQUEST, cwd=folder)
-    assert code == 0, error
+    done = sglang("generate", *REQUEST, cwd=folder, env={"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
     return pixels(folder)
 
 
@@ -170,9 +170,9 @@ def test_two_hosts_draw_together(
     ],
 )
 def test_impossible_layouts_are_refused_with_the_arithmetic(words: str, told: str, tmp_path: Path) -> None:
-    code, out, error = run(SGLANG, "generate", *REQUEST, *words.split(), cwd=tmp_path)
-    assert code == 2 and error.startswith(f"error: {told}"), error
-    assert error.count("\n") == 1 and not out and not list(tmp_path.iterdir())
+    done = sglang("generate", *REQUEST, *words.split(), cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"error: {told}"), done.stderr
+    assert done.stderr.count("\n") == 1 and not done.stdout and not list(tmp_path.iterdir())
 
 
 def test_what_only_the_model_can_tell_is_one_line_too(tmp_path: Path) -> None:

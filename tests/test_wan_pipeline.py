@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import resource
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from forks import sglang
 from PIL import Image
 from test_offload import StandIn
 from test_offload import load as load_offloaded
@@ -32,7 +31,6 @@ from sgl_diffusion.runtime.trace import Stopwatch
 from sgl_diffusion.runtime.verify import Verification, verify
 
 Tiny = Callable[[str], Path]
-SGLANG = Path(sys.executable).with_name("sglang")
 PROMPT = "a red circle left of a blue square"
 STAGES = {"encoder_hidden_states", "initial_latents", "timesteps", "final_latents", "pixels"}
 # diffusers takes the last 512 tokens of what a model with an image encoder reads for its text
@@ -295,9 +293,8 @@ def test_a_clip_that_cannot_be_written_leaves_its_latents(tiny: Tiny, tmp_path: 
 def test_a_clip_reaches_its_file(tiny: Tiny, tmp_path: Path, suffix: str) -> None:
     arguments = ["--prompt", PROMPT, "--height", "64", "--width", "96", "--num-frames", "9", "--return-frames",
                  "--num-inference-steps", "2", "--max-sequence-length", "24"]  # fmt: skip
-    command = [SGLANG, "generate", "--model-path", tiny("wan"), "--device", "cpu", *arguments]
     where = ["--output-path", tmp_path, "--output-file-name", f"clip{suffix}"]
-    done = subprocess.run(list(map(str, [*command, *where])), capture_output=True, text=True)
+    done = sglang("generate", "--model-path", tiny("wan"), "--device", "cpu", *arguments, *where, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted(["clip.npy", f"clip{suffix}"])
     raw = np.load(tmp_path / "clip.npy")
