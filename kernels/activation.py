@@ -25,8 +25,10 @@ from sgl_diffusion.kernels.op import Inputs, Op, inside, noise, poisoned
 from sgl_diffusion.kernels.pointwise import gelu_erf, gelu_tanh, silu
 from sgl_diffusion.kernels.quantize import (
     DTYPES,
+    SCALE_BLOCK,
     Format,
     check_format,
+    check_scale,
     constants,
     eager_quantize_rows,
     new_scales,
@@ -34,6 +36,7 @@ from sgl_diffusion.kernels.quantize import (
     quantize_rows_reference,
     require_fp8,
     row_scale,
+    scale_stride,
     to_code,
 )
 
@@ -77,7 +80,7 @@ def _activation_kernel(
 
 @triton.jit
 def _quantized_activation_kernel(
-    x_ptr, bias_ptr, y_ptr, scale_ptr, x_stride_m, y_stride_m, D,
+    x_ptr, bias_ptr, y_ptr, scale_ptr, x_stride_m, y_stride_m, scale_stride_m, D,
     KIND: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """A row a program, too wide for registers: once for its largest value, and again, from L2, for its codes.
@@ -87,8 +90,8 @@ def _quantized_activation_kernel(
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride_m
     y_ptr += row * y_stride_m
+    scale_ptr += row * scale_stride_m
     if SCALE_BLOCK:
-        scale_ptr += row * tl.cdiv(D, SCALE_BLOCK)
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             y = tl.where(d < D, _activated(x_ptr, bias_ptr, d, d < D, D, KIND), 0.0)
@@ -105,11 +108,11 @@ def _quantized_activation_kernel(
             d = start + tl.arange(0, BLOCK_D)
             code = to_code(_activated(x_ptr, bias_ptr, d, d < D, D, KIND), scale, INTEGER)
             tl.store(y_ptr + d, code.to(y_ptr.dtype.element_ty), mask=d < D)
-        tl.store(scale_ptr + row, scale)
+        tl.store(scale_ptr, scale)
 
 
 def activation(
-    x: Tensor, kind: Kind, *, bias: Tensor | None = None, out: Tensor | None = None,
+    x: Tensor, kind: Kind, *, bias: Tensor | None = None, out: Tensor | None = None, scale: Tensor | None = None,
     quantize: Format | None = None, impl: launch.Impl = "auto",
 ) -> Any:  # fmt: skip
     """Returns `out`, or a new contiguous tensor; quantised, codes and fp32 scales.
@@ -119,6 +122,7 @@ def activation(
         bias: added first; as wide as x, any float dtype.
         out: (..., D); may be a slice of a wider buffer, or x itself where that is not gated. In the dtype of x, or of
             the codes.
+        scale: fp32 (..., ceil(D / 128)), rows evenly apart: where those of "fp8_block" go, beside out.
         quantize: "fp8" or "fp8_block" (sm_89 and later), or "int8", as `quantize_rows` would after it.
     Raises:
         ValueError: a shape, dtype, device, stride or name that does not fit.
@@ -141,9 +145,13 @@ def activation(
     launch.check_shape((*x.shape[:-1], D), out=out)
     launch.check_dtype(DTYPES[quantize] if quantize else x.dtype, out=out)
     launch.check_last_dim(x=x, out=out)
+    if scale is not None:
+        if quantize != "fp8_block":
+            raise ValueError("scale: expected none but beside quantize='fp8_block'")
+        check_scale(x, D, scale, blocked=True)
     x_stride, out_stride = launch.row_stride("x", x), launch.row_stride("out", out)
     if not launch.runs_triton(impl, x):
-        return activation_reference(x, kind, bias=bias, out=out, quantize=quantize)
+        return activation_reference(x, kind, bias=bias, out=out, scale=scale, quantize=quantize)
     M = x.numel() // width
     tiles = launch.tile("activation", quantized=int(quantize is not None), blocked=int(quantize == "fp8_block"))
     with launch.on_device(x):
@@ -154,17 +162,18 @@ def activation(
             )
             return out
         require_fp8(quantize)
-        scale = new_scales(x, D, quantize)
+        scale = new_scales(x, D, quantize) if scale is None else scale
         _quantized_activation_kernel[(M,)](
-            x, bias, out, scale, x_stride, out_stride, D,
+            x, bias, out, scale, x_stride, out_stride, scale_stride(scale, quantize), D,
             KIND=kind, **constants(quantize), enable_fp_fusion=True, **tiles,
         )  # fmt: skip
     return out, scale
 
 
 def activation_reference(
-    x: Tensor, kind: Kind, *, bias: Tensor | None = None, out: Tensor, quantize: Format | None = None
-) -> Any:
+    x: Tensor, kind: Kind, *, bias: Tensor | None = None, out: Tensor, scale: Tensor | None = None,
+    quantize: Format | None = None,
+) -> Any:  # fmt: skip
     """PyTorch's own functions, which compute in fp32 inside for half precision."""
     if bias is not None:
         x = launch.widen(x) + launch.widen(bias)
@@ -180,12 +189,12 @@ def activation_reference(
         y.mul_(b if kind == "swiglu" else a)
     if quantize is None:
         return y if y is out else out.copy_(y)
-    codes, scale = quantize_rows_reference(y, quantize)
-    return out.copy_(codes), scale
+    codes, scales = quantize_rows_reference(y, quantize)
+    return out.copy_(codes), scales if scale is None else scale.copy_(scales)
 
 
 def eager_activation(
-    x: Tensor, kind: Kind, bias: Tensor | None, out: Tensor, quantize: Format | None
+    x: Tensor, kind: Kind, bias: Tensor | None, out: Tensor, scale: Tensor | None, quantize: Format | None
 ) -> Any:
     """As diffusers runs it."""
     x = x if bias is None else x + bias
@@ -196,22 +205,24 @@ def eager_activation(
         y = F.silu(x) if kind == "silu" else F.silu(a) * b if kind == "swiglu" else a * F.gelu(b)
     if quantize is None:
         return out.copy_(y)
-    codes, scale = eager_quantize_rows(y, quantize)
-    return out.copy_(codes), scale
+    codes, scales = eager_quantize_rows(y, quantize)
+    return out.copy_(codes), scales if scale is None else scale.copy_(scales)
 
 
 def _inputs(
     device: str, dtype: torch.dtype, B: int, L: int, D: int, kind: Kind,
-    biased: bool = False, in_place: bool = False, quantize: Format | None = None,
+    biased: bool = False, in_place: bool = False, quantize: Format | None = None, placed: bool = False,
 ) -> Inputs:  # fmt: skip
     width = 2 * D if kind in GATED else D
     # four standard deviations: both tails as well as the bend around zero
     x_BLD = noise((B, L, width), dtype, device) * 4
     x = inside(poisoned((B, L, 2 * width), dtype, device), x_BLD, slice(width, 2 * width))
     codes = torch.zeros((B, L, 2 * D), dtype=DTYPES[quantize], device=device)[..., D:] if quantize else None
+    blocks = -(-D // SCALE_BLOCK)
     return {
         "x": x,
         "kind": kind,
+        "scale": poisoned((B, L, 2 * blocks), torch.float32, device)[..., blocks:] if placed else None,
         "bias": noise((width,), dtype, device, 1) if biased else None,
         "out": x if in_place else poisoned((B, L, 2 * D), dtype, device)[..., D:] if codes is None else codes,
         "quantize": quantize,
@@ -241,6 +252,7 @@ OP = Op(
         {"B": 2, "L": 2, "D": 40, "kind": "gelu_tanh", "biased": True, "quantize": "int8"},
         {"B": 1, "L": 3, "D": 33, "kind": "swiglu", "quantize": "fp8"},
         {"B": 1, "L": 2, "D": 300, "kind": "swiglu", "quantize": "fp8_block"},
+        {"B": 2, "L": 2, "D": 300, "kind": "swiglu", "quantize": "fp8_block", "placed": True},
     ),
     production=(
         {"B": 1, "L": 4096, "D": 12288, "kind": "gelu_tanh"},

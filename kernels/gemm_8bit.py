@@ -1,9 +1,4 @@
-"""What `gemm_fp8` and `gemm_int8` share: the Triton kernels, what fits each, and how codes become numbers.
-
-"pointer" and "tma" are those of `gemm_forms.py` for 8-bit codes: the sum of the products of codes is scaled once, in
-the epilogue, or, where blocks of 128 columns have scales of their own, block by block. The pointer kernel also
-multiplies numbers of 16 or 32 bits with fp8 weights, which it decodes: on every GPU, for the sake of memory.
-"""
+"""What `gemm_fp8` and `gemm_int8` share: checks, launches of `gemm_8bit_forms.py`, and what codes stand for."""
 
 from __future__ import annotations
 
@@ -18,20 +13,26 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sgl_diffusion.kernels import launch
-from sgl_diffusion.kernels.gemm import check_epilogue
+from sgl_diffusion.kernels.gemm import check_epilogue, with_epilogue
+from sgl_diffusion.kernels.gemm_8bit_forms import gemm_8bit_pointer_kernel, gemm_8bit_tma_kernel
 from sgl_diffusion.kernels.gemm_forms import (
     FP32_PRODUCT,
     as_rows,
-    finish,
-    finish_tma,
     fit_descriptors,
     processors,
     row_stride,
-    tile_at,
 )
-from sgl_diffusion.kernels.microscaling import E4M3_BIAS, e4m3_over_bias
 from sgl_diffusion.kernels.op import Inputs, inside, noise, poisoned
-from sgl_diffusion.kernels.quantize import SCALE_BLOCK
+from sgl_diffusion.kernels.quantize import (
+    DTYPES,
+    LARGEST,
+    SCALE_BLOCK,
+    Format,
+    check_scale,
+    code_format,
+    eager_quantize_rows,
+    quantize_rows_reference,
+)
 
 # M rows  N output columns  K input columns
 
@@ -39,118 +40,6 @@ from sgl_diffusion.kernels.quantize import SCALE_BLOCK
 # (DeepSeek-V3, arXiv 2412.19437, section 3.3.2; SageAttention2, arXiv 2411.10958): sums of more are made outside
 PRECISE_FP8 = ("sm_100",)
 LIBRARY_ALIGNMENT = 16  # columns of 8-bit operands and their product, as cuBLASLt wants them
-
-
-@triton.jit
-def _add_product(acc, x, weight, scale, PROMOTE: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + x weight, or acc + scale * x weight where blocks have scales: a number for every row, or one."""
-    if weight.dtype != x.dtype:
-        weight = e4m3_over_bias(weight).to(x.dtype)
-    if scale is not None:
-        return acc + tl.dot(x, weight, input_precision=PRECISION, out_dtype=tl.float32) * scale
-    elif PROMOTE:
-        # tensor cores sum the products of one step; without a bound the compiler gives them `acc` as well
-        return acc + tl.dot(x, weight, max_num_imprecise_acc=x.shape[1], out_dtype=tl.float32)
-    else:
-        return tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-
-
-@triton.jit
-def _block_scale(x_scale_ptr, weight_scale_ptr, row, first_n, first_k, K, SCALE_BLOCK: tl.constexpr):
-    """Scale of the products of a tile and a step that are within one block: of each row, or one if x has none."""
-    blocks = tl.cdiv(K, SCALE_BLOCK)
-    scale = tl.load(weight_scale_ptr + first_n // SCALE_BLOCK * blocks + first_k // SCALE_BLOCK)
-    if x_scale_ptr is None:
-        return scale * E4M3_BIAS
-    else:
-        return scale * tl.load(x_scale_ptr + row * blocks + first_k // SCALE_BLOCK)[:, None]
-
-
-@triton.jit
-def _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N):
-    """Numbers from sums of products of codes, whose rows and columns have scales."""
-    scale = tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)[None, :]
-    if x_scale_ptr is None:
-        return acc * (scale * E4M3_BIAS)
-    else:
-        return acc.to(tl.float32) * scale * tl.load(x_scale_ptr + m * x_scale_stride, mask=m < M, other=0.0)[:, None]
-
-
-@triton.jit
-def _gemm_8bit_pointer_kernel(
-    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, x_stride_m,
-    x_scale_stride, gate_stride_g, residual_stride_m, out_stride_m, tail_stride_m, M, N, K, gelu_from, rows_per_gate,
-    SUM: tl.constexpr, PROMOTE: tl.constexpr, SCALE_BLOCK: tl.constexpr, GELU: tl.constexpr, ONE_GATE: tl.constexpr,
-    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):
-    """One tile a program."""
-    tl.static_assert(SCALE_BLOCK % BLOCK_N == 0 and SCALE_BLOCK % BLOCK_K == 0, "a block of scales holds whole tiles")
-    first_m, first_n = tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
-    m = first_m + tl.arange(0, BLOCK_M)
-    n = first_n + tl.arange(0, BLOCK_N)
-    k = tl.arange(0, BLOCK_K)
-    # rows and columns past the end read others and are not stored: no masks in the loop
-    x_ptrs = x_ptr + (m % M).to(tl.int64)[:, None] * x_stride_m + k[None, :]
-    weight_ptrs = weight_ptr + (n % N).to(tl.int64)[None, :] * K + k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-    for first_k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            x, weight = tl.load(x_ptrs), tl.load(weight_ptrs)
-        else:
-            live = k < K - first_k
-            x = tl.load(x_ptrs, mask=live[None, :], other=0.0)
-            weight = tl.load(weight_ptrs, mask=live[:, None], other=0.0)
-        scale = None
-        if SCALE_BLOCK:
-            scale = _block_scale(x_scale_ptr, weight_scale_ptr, m % M, first_n, first_k, K, SCALE_BLOCK)
-        acc = _add_product(acc, x, weight, scale, PROMOTE, PRECISION)
-        x_ptrs += BLOCK_K
-        weight_ptrs += BLOCK_K
-    if not SCALE_BLOCK:
-        acc = _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
-    finish(
-        acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, gate_stride_g, residual_stride_m,
-        out_stride_m, tail_stride_m, M, N, gelu_from, rows_per_gate, GELU, ONE_GATE,
-    )
-
-
-@triton.jit
-def _gemm_8bit_tma_kernel(
-    x, x_scale_ptr, weight, weight_scale_ptr, bias_ptr, gate_ptr, residual, out, tail, x_scale_stride, gate_stride_g,
-    M, N, K, gelu_from, rows_per_gate,
-    SUM: tl.constexpr, PROMOTE: tl.constexpr, SCALE_BLOCK: tl.constexpr, GELU: tl.constexpr, ONE_GATE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):
-    """Every program takes many tiles, and loads of the next tile start under the epilogue of the last."""
-    tl.static_assert(SCALE_BLOCK % BLOCK_N == 0 and SCALE_BLOCK % BLOCK_K == 0, "a block of scales holds whole tiles")
-    HALF_N: tl.constexpr = BLOCK_N // 2
-    tl.assume(K > 0)  # or Triton 3.6 waits after every wgmma: it sees a loop that may not run
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        first_m, first_n = tile_at(number, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        m = first_m + tl.arange(0, BLOCK_M)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-        for first_k in range(0, K, BLOCK_K):
-            scale = None
-            if SCALE_BLOCK:
-                scale = _block_scale(x_scale_ptr, weight_scale_ptr, m % M, first_n, first_k, K, SCALE_BLOCK)
-            acc = _add_product(acc, x.load([first_m, first_k]), weight.load([first_n, first_k]).T, scale, PROMOTE, None)
-        # in halves: a whole tile's epilogue holds accumulator and result in registers at once
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF_N)), (0, 2, 1)))
-        n = first_n + tl.arange(0, HALF_N)
-        if not SCALE_BLOCK:
-            left = _scaled(left, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
-        finish_tma(
-            left, first_m, first_n, bias_ptr, gate_ptr, residual, out, tail, M, N, gelu_from, gate_stride_g,
-            rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
-        )
-        if not SCALE_BLOCK:
-            right = _scaled(right, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n + HALF_N, M, N)
-        finish_tma(
-            right, first_m, first_n + HALF_N, bias_ptr, gate_ptr, residual, out, tail, M, N, gelu_from, gate_stride_g,
-            rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
-        )
 
 
 # -- launching --------------------------------------------------------------------
@@ -188,24 +77,59 @@ def check_operands(
 
 def result(
     x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gelu_from: int | None, tail: Tensor | None,
-    gate: Tensor | None, residual: Tensor | None, out: Tensor | None, dtype: torch.dtype,
+    gate: Tensor | None, residual: Tensor | None, out: Tensor | None, code_scale: Tensor | None, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`out`, or a new tensor for the columns that do not go to the tail, once the epilogue is checked.
 
     Raises:
-        ValueError: as `gemm` does; a dtype that results do not have.
+        ValueError: as `gemm` does; a dtype that results do not have; codes that the last result cannot be.
     """
     if dtype not in launch.FLOAT_DTYPES:
         raise ValueError(f"{dtype=}: expected float32, bfloat16, float16")
     N = len(weight_NK)
-    check_epilogue(x_MK, N, dtype if out is None else out.dtype, bias_N, gelu_from, tail, gate, residual, out)
+    if code_scale is None:
+        check_epilogue(x_MK, N, dtype if out is None else out.dtype, bias_N, gelu_from, tail, gate, residual, out)
+    elif residual is not None:
+        raise ValueError("residual: expected none beside code_scale")
+    else:
+        _check_coded(x_MK, weight_NK, bias_N, gelu_from, tail, out, code_scale, dtype)
     columns = N if tail is None else N - tail.shape[-1]
     return torch.empty((*x_MK.shape[:-1], columns), dtype=dtype, device=x_MK.device) if out is None else out
+
+
+def _check_coded(
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gelu_from: int | None, tail: Tensor | None,
+    out: Tensor | None, code_scale: Tensor, dtype: torch.dtype,
+) -> None:  # fmt: skip
+    """An epilogue whose last result is codes; the other, if there is one, is numbers."""
+    N, numbers = len(weight_NK), None if tail is None else out
+    if tail is None:  # nothing that a bias would share its dtype with
+        dtype = dtype if bias_N is None else bias_N.dtype
+    elif numbers is not None:
+        dtype = numbers.dtype
+    check_epilogue(x_MK, N, dtype, bias_N, gelu_from, None, None, None, None)
+    first = 0 if tail is None else gelu_from or 0
+    if tail is not None and not first:
+        raise ValueError(f"gelu_from={gelu_from}: expected 1 to {N - 1}, the first column of tail")
+    if code_scale.ndim > 1 and first % SCALE_BLOCK:
+        raise ValueError(f"gelu_from={first}: expected a multiple of {SCALE_BLOCK}, where a block of codes begins")
+    if numbers is not None:
+        check_epilogue(x_MK, first, numbers.dtype, None, None, None, None, None, numbers)
+    name, codes = ("out", out) if tail is None else ("tail", tail)
+    if codes is None:
+        raise ValueError("out: expected a place for codes beside code_scale")
+    launch.check_device(x_MK, **{name: codes})
+    launch.check_dtype(weight_NK.dtype, **{name: codes})
+    launch.check_shape((*x_MK.shape[:-1], N - first), **{name: codes})
+    launch.check_last_dim(**{name: codes})
+    launch.row_stride(name, codes)
+    check_scale(x_MK, N - first, code_scale, blocked=code_format(codes, code_scale) == "fp8_block")
 
 
 def launch_form(
     op: str, x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor | None,
     gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
+    code_scale: Tensor | None,
 ) -> bool:  # fmt: skip
     """Runs the kernel that the tile table has for `op` at this size. False where that is the library's."""
     N, K = weight_NK.shape
@@ -216,18 +140,23 @@ def launch_form(
         op, m=x_MK.numel() // K, n=N, k=K, itemsize=max(x_MK.element_size(), out.element_size()),
         gelu=int(gelu_from is not None), gated=int(residual is not None),
         blocked=int(weight_scale.ndim == 2), decoded=int(x_scale is None), bulk=int(bulk),
+        coded=int(code_scale is not None and code_scale.ndim > 1),
     )  # fmt: skip
     form = tile.pop("form")
     if form == "blas" or (form == "tma" and (x_scale is None or not bulk)):
         return False
     launch_kernel: Callable[..., None] = {"pointer": _launch_pointer, "tma": _launch_tma}[form]
+    codes = None if code_scale is None else code_format(out if tail is None else tail, code_scale)
     with launch.on_device(x_MK):
         launch_kernel(
-            x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from, tail, gate, residual, out, tile,
+            x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from, tail, gate, residual, out, code_scale, tile,
             GELU=gelu_from is not None, ONE_GATE=gate is None or len(gate) == 1,
             SUM=tl.int32 if x_MK.dtype == torch.int8 else tl.float32,
             PROMOTE=x_MK.dtype == torch.float8_e4m3fn and launch.architecture() not in PRECISE_FP8,
             SCALE_BLOCK=SCALE_BLOCK if weight_scale.ndim == 2 else 0,
+            CODE_BLOCK=SCALE_BLOCK if codes == "fp8_block" else 0,
+            LARGEST=LARGEST[codes] if codes else 0.0,
+            INTEGER=codes == "int8",
         )  # fmt: skip
     return True
 
@@ -235,16 +164,16 @@ def launch_form(
 def _launch_pointer(
     x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor | None,
     gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
-    tile: launch.Tile, **constants: Any,
+    code_scale: Tensor | None, tile: launch.Tile, **constants: Any,
 ) -> None:  # fmt: skip
     N, K = weight_NK.shape
     M = x_MK.numel() // K
     grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
     # fp8 weights that are decoded are read as bytes: as numbers, Triton has them from sm_89 on only
     weight_NK = weight_NK.view(torch.uint8) if x_scale is None else weight_NK
-    _gemm_8bit_pointer_kernel[grid](
-        x_MK, x_scale, weight_NK, weight_scale, bias_N, gate, residual, out, tail,
-        row_stride(x_MK), _scale_stride(x_scale), *map(row_stride, (gate, residual, out, tail)),
+    gemm_8bit_pointer_kernel[grid](
+        x_MK, x_scale, weight_NK, weight_scale, bias_N, gate, residual, out, tail, code_scale,
+        row_stride(x_MK), _scale_stride(x_scale), *map(row_stride, (gate, residual, out, tail, code_scale)),
         M, N, K, gelu_from or 0, M // (1 if gate is None else len(gate)),
         EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=FP32_PRODUCT, enable_fp_fusion=True, **constants, **tile,
     )  # fmt: skip
@@ -253,7 +182,7 @@ def _launch_pointer(
 def _launch_tma(
     x_MK: Tensor, x_scale: Tensor, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor | None,
     gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
-    tile: launch.Tile, **constants: Any,
+    code_scale: Tensor | None, tile: launch.Tile, **constants: Any,
 ) -> None:  # fmt: skip
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
 
@@ -265,10 +194,11 @@ def _launch_tma(
     N, K = weight_NK.shape
     M = x_MK.numel() // K
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    _gemm_8bit_tma_kernel[(min(tiles, processors(x_MK.device)),)](
+    gemm_8bit_tma_kernel[(min(tiles, processors(x_MK.device)),)](
         descriptor(x_MK, block_k), x_scale, descriptor(weight_NK, block_k, block_n), weight_scale, bias_N, gate,
-        *(descriptor(t, block_n // 2) for t in (residual, out, tail)),
-        _scale_stride(x_scale), row_stride(gate), M, N, K, gelu_from or 0, M // (1 if gate is None else len(gate)),
+        *(descriptor(t, block_n // 2 if code_scale is None else block_n) for t in (residual, out, tail)), code_scale,
+        _scale_stride(x_scale), row_stride(gate), row_stride(code_scale),
+        M, N, K, gelu_from or 0, M // (1 if gate is None else len(gate)),
         enable_fp_fusion=True, **constants, **tile,
     )  # fmt: skip
 
@@ -281,6 +211,20 @@ def _scale_stride(x_scale: Tensor | None) -> int:
 # -- in PyTorch -------------------------------------------------------------------
 
 
+def with_coded_epilogue(
+    product: Callable[[slice, Tensor | None], Tensor], gelu_from: int | None, tail: Tensor | None, out: Tensor,
+    code_scale: Tensor,
+) -> Any:  # fmt: skip
+    """`with_epilogue` whose last result is codes."""
+    codes = out if tail is None else tail
+    numbers = torch.empty(codes.shape, dtype=code_scale.dtype, device=codes.device)
+    done = with_epilogue(
+        product, gelu_from, None if tail is None else numbers, None, None, numbers if tail is None else out
+    )
+    quantize_rows_reference(numbers, code_format(codes, code_scale), scale=code_scale, out=codes)
+    return out if tail is None else (done[0], tail)
+
+
 def scale_sums(sums: Tensor, x_scale: Tensor | None, weight_scale: Tensor, bias_N: Tensor | None) -> Tensor:
     """Numbers from sums (..., N) of products of codes, whose rows and columns have scales: in place."""
     sums.mul_(weight_scale)
@@ -290,9 +234,17 @@ def scale_sums(sums: Tensor, x_scale: Tensor | None, weight_scale: Tensor, bias_
 
 
 def eager_epilogue(
-    y: Tensor, gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor
-) -> object:
+    y: Tensor, gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
+    code_scale: Tensor | None,
+) -> object:  # fmt: skip
     """As diffusers runs it after a product, with copies that stand for their shares of `cat`."""
+    if code_scale is not None:
+        codes = out if tail is None else tail
+        y[..., gelu_from:] = F.gelu(y[..., gelu_from:], approximate="tanh")
+        if tail is not None:
+            out.copy_(y[..., :gelu_from])
+        first = 0 if tail is None else gelu_from
+        return eager_quantize_rows(y[..., first:], code_format(codes, code_scale), code_scale, codes)
     if tail is not None:
         tail.copy_(F.gelu(y[..., gelu_from:], approximate="tanh"))
         return out.copy_(y[..., :gelu_from]), tail
@@ -307,19 +259,33 @@ def eager_epilogue(
 
 
 def epilogue_inputs(
-    device: str, dtype: torch.dtype, B: int, L: int, N: int, gelu_from: int | None, tail: bool, gated: bool
-) -> Inputs:
-    """Results go into slices of one wider buffer."""
+    device: str, dtype: torch.dtype, B: int, L: int, N: int, gelu_from: int | None, tail: bool, gated: bool,
+    coded: Format | None = None,
+) -> Inputs:  # fmt: skip
+    """Results go into slices of one wider buffer, codes into those of another, with one scale or those of blocks."""
     buffer = poisoned((B, L, 2 * N + 16), dtype, device)
     gates = poisoned((B, 3 * N), dtype, device)
     head = N if not tail or gelu_from is None else gelu_from
+    places: dict[str, Tensor | None] = {
+        "tail": buffer[..., N + 16 : 2 * N + 16 - head] if tail else None,
+        "out": buffer[..., :head],
+        "code_scale": None,
+    }
+    if coded:
+        columns = N - head if tail else N
+        blocks = -(-columns // SCALE_BLOCK)
+        places["tail" if tail else "out"] = torch.empty(
+            (B, L, N + columns + 16), dtype=DTYPES[coded], device=device
+        )[..., 16 : 16 + columns]
+        places["code_scale"] = torch.full((1,), 1 / LARGEST[coded], device=device)
+        if coded == "fp8_block":
+            places["code_scale"] = poisoned((B, L, 2 * blocks), torch.float32, device)[..., blocks:]
     return {
         "bias_N": noise((N,), dtype, device, 2),
         "gelu_from": gelu_from,
-        "tail": buffer[..., N + 16 : 2 * N + 16 - head] if tail else None,
         "gate": inside(gates, noise((B, N), dtype, device, 3), slice(N, 2 * N)) if gated else None,
         "residual": noise((B, L, N), dtype, device, 4) if gated else None,
-        "out": buffer[..., :head],
+        **places,
     }
 
 

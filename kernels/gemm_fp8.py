@@ -27,10 +27,11 @@ from sgl_diffusion.kernels.gemm_8bit import (
     moved_bytes,
     result,
     scale_sums,
+    with_coded_epilogue,
 )
 from sgl_diffusion.kernels.gemm_forms import as_rows, fit_descriptors
 from sgl_diffusion.kernels.op import TOLERANCE, Inputs, Op, inside, noise, poisoned
-from sgl_diffusion.kernels.quantize import SCALE_BLOCK, require_fp8
+from sgl_diffusion.kernels.quantize import SCALE_BLOCK, Format, require_fp8
 
 # M rows  N output columns  K input columns
 
@@ -40,8 +41,8 @@ CODES = torch.float8_e4m3fn
 def gemm_fp8(
     x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor | None = None,
     *, gelu_from: int | None = None, tail: Tensor | None = None, gate: Tensor | None = None,
-    residual: Tensor | None = None, out: Tensor | None = None, dtype: torch.dtype = torch.bfloat16,
-    impl: launch.Impl = "auto",
+    residual: Tensor | None = None, out: Tensor | None = None, code_scale: Tensor | None = None,
+    dtype: torch.dtype = torch.bfloat16, impl: launch.Impl = "auto",
 ) -> Any:  # fmt: skip
     """Returns `out`, or a new contiguous tensor in `dtype`; with a tail, (out, tail). All that is fp32, bf16 or fp16.
 
@@ -52,6 +53,9 @@ def gemm_fp8(
             block scales of the weight, (..., ceil(K / 128)).
         weight_NK: e4m3 codes, contiguous. weight_scale: fp32 (N,), or of blocks (ceil(N / 128), ceil(K / 128)).
         bias_N, gelu_from, tail, gate, residual, out: as of `gemm`, in the dtype of the result.
+        code_scale: fp32; beside it the last result, tail or out, is e4m3 codes, rows evenly apart. (1,) is the scale of
+            all of them, to which they saturate; (..., ceil(columns / 128)) is where scales of blocks go, rows evenly
+            apart, and gelu_from is a multiple of 128 then.
         dtype: of a new result; `out` has its own.
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit; a gate without a residual; both epilogues.
@@ -64,23 +68,25 @@ def gemm_fp8(
         launch.check_shape((-(-N // SCALE_BLOCK), blocks), weight_scale=weight_scale)
         if x_scale is not None:
             launch.check_shape((*x_MK.shape[:-1], blocks), x_scale=x_scale)
-    out = result(x_MK, weight_NK, bias_N, gelu_from, tail, gate, residual, out, dtype)
+    out = result(x_MK, weight_NK, bias_N, gelu_from, tail, gate, residual, out, code_scale, dtype)
     if launch.runs_triton(impl, x_MK):
         if x_scale is not None:
             require_fp8("fp8")
         if launch_form(
-            "gemm_fp8", x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from, tail, gate, residual, out
+            "gemm_fp8", x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from, tail, gate, residual, out,
+            code_scale,
         ):
             return out if tail is None else (out, tail)
     return gemm_fp8_reference(
         x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from=gelu_from, tail=tail, gate=gate, residual=residual,
-        out=out,
+        out=out, code_scale=code_scale,
     )  # fmt: skip
 
 
 def gemm_fp8_reference(
     x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor | None,
     *, gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
+    code_scale: Tensor | None,
 ) -> Any:  # fmt: skip
     """A product of numbers in fp32, and passes over it. Also the "blas" form on a GPU: cuBLASLt's where that fits."""
     wide = weight_scale.dtype
@@ -100,6 +106,8 @@ def gemm_fp8_reference(
             y = scale_sums(F.linear(x, _weight_numbers(weight, x.dtype)).to(wide), x_scale, weight_scale[columns], bias)
         return y if place is None else place.copy_(y)
 
+    if code_scale is not None:
+        return with_coded_epilogue(product, gelu_from, tail, out, code_scale)
     return with_epilogue(product, gelu_from, tail, gate, residual, out)
 
 
@@ -141,6 +149,7 @@ def _library_product(
 def eager_gemm_fp8(
     x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor,
     gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
+    code_scale: Tensor | None,
 ) -> object:  # fmt: skip
     """As quantised checkpoints are run without kernels of their own: PyTorch's product, or widened weights."""
     if x_scale is not None and weight_scale.ndim == 1:
@@ -152,12 +161,13 @@ def eager_gemm_fp8(
         else:
             x, weight = x_MK, weight_NK.to(scale.dtype) * scale
         y = F.linear(x.to(out.dtype), weight.to(out.dtype), bias_N)
-    return eager_epilogue(y, gelu_from, tail, gate, residual, out)
+    return eager_epilogue(y, gelu_from, tail, gate, residual, out, code_scale)
 
 
 def _inputs(
     device: str, dtype: torch.dtype, B: int, L: int, K: int, N: int, scales: Literal["row", "tensor", "block"] = "row",
     decoded: bool = False, gelu_from: int | None = None, tail: bool = False, gated: bool = False,
+    coded: Format | None = None,
 ) -> Inputs:  # fmt: skip
     x_dtype = dtype if decoded else CODES
     blocks = (-(-N // SCALE_BLOCK), -(-K // SCALE_BLOCK))
@@ -169,7 +179,7 @@ def _inputs(
         "x_scale": None if decoded else noise(x_shape, torch.float32, device, 5).abs() / 8,
         "weight_NK": (noise((N, K), torch.float32, device, 1) * 8).to(CODES),
         "weight_scale": noise(weight_shape, torch.float32, device, 6).abs() * K**-0.5 / 8,
-        **epilogue_inputs(device, dtype, B, L, N, gelu_from, tail, gated),
+        **epilogue_inputs(device, dtype, B, L, N, gelu_from, tail, gated, coded),
     }
 
 
@@ -181,6 +191,7 @@ OP = Op(
     reference=gemm_fp8_reference,
     eager=eager_gemm_fp8,
     inputs=_inputs,
+    written=("code_scale",),
     tiny=(
         {"B": 1, "L": 1, "K": 16, "N": 16},
         {"B": 1, "L": 33, "K": 48, "N": 48, "gelu_from": 0, "scales": "tensor"},
@@ -191,6 +202,10 @@ OP = Op(
         {"B": 2, "L": 5, "K": 200, "N": 136, "gated": True, "scales": "block"},
         {"B": 2, "L": 9, "K": 40, "N": 24, "gated": True, "decoded": True},
         {"B": 1, "L": 5, "K": 136, "N": 130, "gelu_from": 10, "tail": True, "decoded": True, "scales": "block"},
+        {"B": 1, "L": 17, "K": 208, "N": 272, "gelu_from": 0, "scales": "block", "coded": "fp8_block"},
+        {"B": 2, "L": 9, "K": 48, "N": 400, "gelu_from": 256, "tail": True, "coded": "fp8_block"},
+        {"B": 1, "L": 19, "K": 33, "N": 70, "gelu_from": 30, "tail": True, "coded": "fp8"},
+        {"B": 1, "L": 20, "K": 48, "N": 144, "gelu_from": 0, "coded": "fp8"},
     ),
     production=(
         {"B": 1, "L": 4096, "K": 3072, "N": 12288, "gelu_from": 0},
@@ -198,7 +213,12 @@ OP = Op(
         {"B": 1, "L": 4608, "K": 15360, "N": 3072, "gated": True},
         {"B": 1, "L": 4608, "K": 3072, "N": 9216},
         {"B": 1, "L": 4096, "K": 3072, "N": 12288, "gelu_from": 0, "scales": "block"},
+        {"B": 1, "L": 4096, "K": 3072, "N": 12288, "gelu_from": 0, "scales": "block", "coded": "fp8_block"},
+        {"B": 1, "L": 4608, "K": 3072, "N": 21504, "gelu_from": 9216, "tail": True, "scales": "block",
+         "coded": "fp8_block"},
+        {"B": 1, "L": 4096, "K": 3072, "N": 12288, "gelu_from": 0, "coded": "fp8"},
         {"B": 1, "L": 32, "K": 3072, "N": 3072},
+        {"B": 1, "L": 32, "K": 3072, "N": 12288, "gelu_from": 0, "scales": "block", "coded": "fp8_block"},
         {"B": 1, "L": 32, "K": 3072, "N": 3072, "scales": "block"},
         {"B": 1, "L": 4096, "K": 3072, "N": 12288, "gelu_from": 0, "decoded": True},
     ),

@@ -113,9 +113,9 @@ class Op:
 
 
 def in_float64(value: Any) -> Any:
-    """Float tensors, also inside sequences, as float64 copies; everything else as it is."""
+    """Tensors, also inside sequences, as copies, of floats in float64; everything else as it is."""
     if isinstance(value, Tensor):
-        return value.double() if value.is_floating_point() else value
+        return value.double() if value.is_floating_point() else value.clone()
     if isinstance(value, tuple | list):
         wide = [in_float64(v) for v in value]
         return type(value)(*wide) if hasattr(value, "_fields") else type(value)(wide)

@@ -66,7 +66,7 @@ def quantize_row(y, scale_ptr, row, D, LARGEST: tl.constexpr, INTEGER: tl.conste
 
 @triton.jit
 def _quantize_kernel(
-    x_ptr, q_ptr, scale_ptr, x_stride, D,
+    x_ptr, q_ptr, scale_ptr, x_stride, q_stride, scale_stride, D,
     FIXED_SCALE: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -77,19 +77,22 @@ def _quantize_kernel(
         codes = to_code(x, tl.load(scale_ptr), INTEGER)
         codes = tl.clamp(codes, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     else:
-        codes = quantize_row(x, scale_ptr, row, D, LARGEST, INTEGER, SCALE_BLOCK)
-    tl.store(q_ptr + row * D + d, codes.to(q_ptr.dtype.element_ty), mask=d < D)
+        codes = quantize_row(x, scale_ptr + row * scale_stride, 0, D, LARGEST, INTEGER, SCALE_BLOCK)
+    tl.store(q_ptr + row * q_stride + d, codes.to(q_ptr.dtype.element_ty), mask=d < D)
 
 
 def quantize_rows(
-    x: Tensor, format: Format, *, scale: Tensor | None = None, impl: launch.Impl = "auto"
+    x: Tensor, format: Format, *, scale: Tensor | None = None, out: Tensor | None = None, impl: launch.Impl = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Codes in the shape of x, contiguous, and fp32 scales: (...), of fp8_block (..., ceil(D / 128)), or `scale`.
+    """Codes in the shape of x, contiguous or in `out`, and fp32 scales: (...), of fp8_block (..., ceil(D / 128)), or
+    `scale`.
 
     Args:
         x: (..., D), rows evenly apart, contiguous last dimension.
         format: fp8 and fp8_block need sm_89 or later.
-        scale: fp32 (1,), a calibrated scale of all rows; codes saturate. Not of fp8_block.
+        scale: fp32 (1,), a calibrated scale of all rows; codes saturate. Of fp8_block, whose blocks have their own:
+            where those go, rows evenly apart.
+        out: where codes go, rows evenly apart; of fp8_block beside scale.
     Raises:
         ValueError: a shape, dtype, device, stride or format that does not fit.
     """
@@ -97,21 +100,25 @@ def quantize_rows(
     launch.check_last_dim(x=x)
     check_format(format)
     D = x.shape[-1]
+    if format == "fp8_block" and (scale is None) != (out is None):
+        raise ValueError("scale, out: expected both of format='fp8_block', or none")
     if scale is not None:
-        if format == "fp8_block":
-            raise ValueError("scale: expected none of format='fp8_block', whose blocks have their own")
-        launch.check_float(x, scale=scale)
-        launch.check_dtype(torch.float32, scale=scale)
-        launch.check_shape((1,), scale=scale)
+        check_scale(x, D, scale, blocked=format == "fp8_block")
+    if out is not None:
+        launch.check_device(x, out=out)
+        launch.check_dtype(DTYPES[format], out=out)
+        launch.check_shape(tuple(x.shape), out=out)
+        launch.check_last_dim(out=out)
     if not launch.runs_triton(impl, x):
-        return quantize_rows_reference(x, format, scale=scale)
+        return quantize_rows_reference(x, format, scale=scale, out=out)
     require_fp8(format)
-    q = torch.empty(x.shape, dtype=DTYPES[format], device=x.device)
+    q = torch.empty(x.shape, dtype=DTYPES[format], device=x.device) if out is None else out
     scales = new_scales(x, D, format) if scale is None else scale
+    fixed = scale is not None and format != "fp8_block"
+    strides = (launch.row_stride("x", x), launch.row_stride("out", q), 0 if fixed else scale_stride(scales, format))
     with launch.on_device(x):
         _quantize_kernel[(x.numel() // D,)](
-            x, q, scales, launch.row_stride("x", x), D,
-            FIXED_SCALE=scale is not None, **constants(format),
+            x, q, scales, *strides, D, FIXED_SCALE=fixed, **constants(format),
             BLOCK_D=triton.next_power_of_2(D), enable_fp_fusion=True, **launch.tile("quantize_rows", width=D),
         )  # fmt: skip
     return q, scales
@@ -121,6 +128,30 @@ def new_scales(x: Tensor, D: int, format: Format) -> Tensor:
     """Where a kernel stores the scales of rows of D codes, as many as x has rows."""
     blocks = (-(-D // SCALE_BLOCK),) if format == "fp8_block" else ()
     return x.new_empty((*x.shape[:-1], *blocks), dtype=torch.float32)
+
+
+def scale_stride(scales: Tensor, format: Format) -> int:
+    """From a row's scales to the next row's."""
+    return launch.row_stride("scale", scales) if format == "fp8_block" else 1
+
+
+def check_scale(x: Tensor, D: int, scale: Tensor, *, blocked: bool) -> None:
+    """Of rows of D codes, as many as x has rows: the one that is given, or where those of blocks go.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride that does not fit.
+    """
+    launch.check_device(x, scale=scale)
+    launch.check_dtype(torch.float32, scale=scale)
+    launch.check_shape((*x.shape[:-1], -(-D // SCALE_BLOCK)) if blocked else (1,), scale=scale)
+    launch.check_last_dim(scale=scale)
+
+
+def code_format(codes: Tensor, scale: Tensor) -> Format:
+    """Of codes with one scale, or with those of blocks."""
+    if codes.dtype == torch.int8:
+        return "int8"
+    return "fp8_block" if scale.ndim > 1 else "fp8"
 
 
 def constants(format: Format | None) -> dict[str, Any]:
@@ -144,7 +175,12 @@ def require_fp8(format: str | None) -> None:
         raise launch.Unsupported(f"format={format!r}: needs a GPU of sm_89 or later")
 
 
-def quantize_rows_reference(x: Tensor, format: Format, *, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_rows_reference(
+    x: Tensor, format: Format, *, scale: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    if out is not None:
+        codes, scales = quantize_rows_reference(x, format, scale=None if format == "fp8_block" else scale)
+        return out.copy_(codes), scales if format != "fp8_block" or scale is None else scale.copy_(scales)
     x = launch.widen(x)
     D = x.shape[-1]
     if scale is not None:
@@ -163,11 +199,13 @@ def _codes(x: Tensor, format: Format) -> Tensor:
     return x.round_() if format == "int8" else x
 
 
-def eager_quantize_rows(x: Tensor, format: Format, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def eager_quantize_rows(
+    x: Tensor, format: Format, scale: Tensor | None = None, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """As quantised checkpoints are run without a fused kernel."""
     D, fixed = x.shape[-1], scale
     if format == "fp8_block":
-        x = F.pad(x, (0, -D % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK))
+        x, scale = F.pad(x, (0, -D % SCALE_BLOCK)).unflatten(-1, (-1, SCALE_BLOCK)), None
     if scale is None:
         amax = x.abs().amax(-1, keepdim=True).float()
         scale = torch.where(amax > 0, amax / LARGEST[format], 1.0)
@@ -176,20 +214,26 @@ def eager_quantize_rows(x: Tensor, format: Format, scale: Tensor | None = None) 
     codes = codes.clamp(-LARGEST[format], LARGEST[format]).to(DTYPES[format])
     if format == "fp8_block":
         codes = codes.flatten(-2)[..., :D]
-    return codes, scale.squeeze(-1) if fixed is None else fixed
+        fixed = None if fixed is None else fixed.copy_(scale.squeeze(-1))
+    return codes if out is None else out.copy_(codes), scale.squeeze(-1) if fixed is None else fixed
 
 
 def _inputs(
-    device: str, dtype: torch.dtype, R: int, D: int, format: Format, zeros: bool = False, fixed: bool = False
-) -> Inputs:
+    device: str, dtype: torch.dtype, R: int, D: int, format: Format,
+    zeros: bool = False, fixed: bool = False, placed: bool = False,
+) -> Inputs:  # fmt: skip
     x_RD = noise((R, D), dtype, device) * 3
     if zeros:
         x_RD[0] = 0
+    # two standard deviations: a part of the codes saturates
+    scale = torch.full((1,), 6 / LARGEST[format], device=device) if fixed else None
+    if placed and not fixed:
+        scale = poisoned((R, 2 * -(-D // SCALE_BLOCK)), torch.float32, device)[:, -(-D // SCALE_BLOCK) :]
     return {
         "x": inside(poisoned((R, 2 * D), dtype, device), x_RD, slice(D, 2 * D)),
         "format": format,
-        # two standard deviations: a part of the codes saturates
-        "scale": torch.full((1,), 6 / LARGEST[format], device=device) if fixed else None,
+        "scale": scale,
+        "out": torch.empty(R, 2 * D, dtype=DTYPES[format], device=device)[:, D:] if placed else None,
     }
 
 
@@ -197,7 +241,7 @@ def _bytes(i: Inputs) -> int:
     D = i["x"].shape[-1]
     R = i["x"].numel() // D
     scales = -(-D // SCALE_BLOCK) if i["format"] == "fp8_block" else 1
-    return i["x"].nbytes + R * D + (4 if i["scale"] is not None else 4 * R * scales)
+    return i["x"].nbytes + R * D + (4 if i["scale"] is not None and i["scale"].ndim == 1 else 4 * R * scales)
 
 
 OP = Op(
@@ -216,6 +260,8 @@ OP = Op(
         {"R": 2, "D": 50, "format": "fp8_block"},
         {"R": 4, "D": 72, "format": "int8", "fixed": True},
         {"R": 4, "D": 72, "format": "fp8", "fixed": True},
+        {"R": 4, "D": 72, "format": "int8", "fixed": True, "placed": True},
+        {"R": 3, "D": 300, "format": "fp8_block", "placed": True},
     ),
     production=(
         {"R": 4608, "D": 3072, "format": "fp8"},

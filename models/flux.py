@@ -49,7 +49,10 @@ from sgl_diffusion.models.layers import (
     Rows,
     Sequenced,
     TimestepEmbedding,
+    attend_at,
+    code_place,
     rotary_table,
+    written_by,
 )
 from sgl_diffusion.models.text import clip_pooled, t5_hidden
 
@@ -139,13 +142,15 @@ class SingleBlock(nn.Module):
         normed_BLD = stream.norm(scale, shift, into=(a.to_qkv_mlp,))
         B, L, _ = normed_BLD.shape
         D = a.to_qkv_mlp.out_features // (3 + MLP_RATIO)  # of the heads that are here
-        mixed = normed_BLD.new_empty(B, L, (1 + MLP_RATIO) * D)
-        qkv, _ = a.to_qkv_mlp(normed_BLD, gelu_from=3 * D, tail=mixed[..., D:])
+        widths = (D, MLP_RATIO * D)
+        mixed: Any = code_place(self.proj_out, normed_BLD, *widths, writes=written_by(a.to_qkv_mlp))
+        mixed = normed_BLD.new_empty(B, L, sum(widths)) if mixed is None else mixed
+        seen, mlp = mixed.split(widths, dim=-1)
+        qkv, _ = a.to_qkv_mlp(normed_BLD, gelu_from=3 * D, tail=mlp)
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.unbind(2)
         qk_norm_rope([Stream(qkv, a.norm_q.weight, a.norm_k.weight)], rotary.cos, rotary.sin, q, k, None)
-        seen = mixed[..., :D].unflatten(-1, (-1, self.head_dim))
-        self.split.attend(self.attention, q, k, v, rows.streams, replicated=rows.replicated, out=seen)
+        attend_at(seen, self.split, self.attention, q, k, v, rows)
         stream.add(self.proj_out(mixed), gate)
 
 

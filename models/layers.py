@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -15,7 +15,7 @@ from sgl_diffusion.kernels.gemm import gemm
 from sgl_diffusion.kernels.modulation import modulation
 from sgl_diffusion.kernels.norm import norm
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
-from sgl_diffusion.kernels.quantize import Format
+from sgl_diffusion.kernels.quantize import SCALE_BLOCK, Format, code_format, quantize_rows
 from sgl_diffusion.kernels.residual import gate_residual, residual_norm
 from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, outputs
 
@@ -23,6 +23,7 @@ from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, ou
 # P = K / 2 rotary pairs  G groups of rows with one modulation
 # M timesteps x batch  V modulation vectors
 VECTORS_OF_A_SLICE = 12  # of modulation: as many weights as a small block has
+SWIGLU_WRITES: tuple[Format, ...] = ("fp8_block",)  # formats of codes that `swiglu_at` leaves in a place
 
 
 class Linear(nn.Linear):
@@ -40,9 +41,11 @@ class Linear(nn.Linear):
 class Codes:
     """Rows as 8-bit codes, by the pass that made them; where a model hands rows on, they stand for a tensor.
 
+    A place for codes, see `code_place`, may be what a layer writes to: its `out`, or `tail`.
+
     Attributes:
         values: (..., D), see `kernels.quantize`.
-        scale: fp32 (...), or (..., D / 128).
+        scale: fp32 (...), or (..., D / 128); or (1,), one that was known before them.
         dtype: of the numbers they stand for, and of what a layer makes of them.
     """
 
@@ -65,11 +68,47 @@ class Codes:
     def new_empty(self, *shape: int) -> Tensor:
         return self.values.new_empty(*shape, dtype=self.dtype)
 
+    def split(self, widths: Sequence[int], dim: int = -1) -> list[Codes]:
+        """A place's parts, side by side; where blocks have scales, all but the last are whole blocks wide."""
+        assert dim == -1, "codes are of rows"
+        blocks = [-(-width // SCALE_BLOCK) for width in widths]
+        scales = self.scale.split(blocks, dim=-1) if self.scale.ndim > 1 else [self.scale] * len(widths)
+        return [Codes(*part, self.dtype) for part in zip(self.values.split(widths, dim=-1), scales, strict=True)]
+
+    def take(self, x: Tensor) -> None:
+        """A place's codes, of numbers that somebody wrote who had no codes."""
+        quantize_rows(x, code_format(self.values, self.scale), scale=self.scale, out=self.values)
+
 
 def read_by(*layers: nn.Module) -> Format | None:
     """The 8-bit format in which all these layers read their input; None if one of them takes it as it is."""
     formats = {getattr(layer, "reads", None) for layer in layers}
     return formats.pop() if len(formats) == 1 else None
+
+
+def code_place(reader: nn.Module, like: Tensor | Codes, *widths: int, writes: Collection[Format]) -> Codes | None:
+    """Where what comes before a layer leaves it its input as codes; None if they do not share such a format.
+
+    A scale has to be known before the last column is: it is that of a block of columns, or of all that was ever seen.
+
+    Args:
+        reader: the layer whose input it is.
+        like: rows of the same shape and dtype.
+        widths: of the parts that lie side by side.
+        writes: what the writer of the last part knows; the others may hand over numbers, see `Codes.take`.
+    """
+    make = getattr(reader, "code_place", None)
+    place: Codes | None = None if make is None else make((*like.shape[:-1], sum(widths)), like)
+    if place is None or code_format(place.values, place.scale) not in writes:
+        return None
+    whole_blocks = all(width % SCALE_BLOCK == 0 for width in widths[:-1])
+    return place if whole_blocks or place.scale.ndim == 1 else None
+
+
+def written_by(layer: nn.Module) -> Collection[Format]:
+    """Formats of codes that the layer's epilogue can leave."""
+    formats: Collection[Format] = getattr(layer, "writes", ())
+    return formats
 
 
 def for_layers(result: Any, dtype: torch.dtype) -> Any:
@@ -83,6 +122,14 @@ def for_layers(result: Any, dtype: torch.dtype) -> Any:
 def swiglu(x: Tensor, into: nn.Module) -> Any:
     """silu(a) * b of the halves a and b of (..., 2 D), as the layer that follows reads it."""
     return for_layers(activation(x, "swiglu", quantize=read_by(into)), x.dtype)
+
+
+def swiglu_at(place: Tensor | Codes, x: Tensor) -> None:
+    """The same; a place for codes has scales of blocks."""
+    if isinstance(place, Tensor):
+        activation(x, "swiglu", out=place)
+    else:
+        activation(x, "swiglu", quantize="fp8_block", out=place.values, scale=place.scale)
 
 
 # -- layers of many families ----------------------------------------------------------
@@ -209,7 +256,10 @@ class FeedForward(nn.Module):
         return cast(nn.ModuleDict, self.net[0])["proj"]
 
     def forward(self, x: Tensor | Codes, out: Tensor | None = None) -> Tensor:
-        return cast(Tensor, self.net[2](self.up(x, gelu_from=0), out=out))
+        up, down = self.up, self.net[2]
+        place = code_place(down, x, cast(int, up.out_features), writes=written_by(up))
+        hidden = up(x, gelu_from=0, out=place)
+        return cast(Tensor, down(hidden if place is None else place, out=out))
 
 
 # -- two streams of tokens that attend jointly --------------------------------------
@@ -301,6 +351,18 @@ class Rotary:
 
     cos: Tensor
     sin: Tensor
+
+
+def attend_at(
+    place: Tensor | Codes, split: Split, attention: AttentionFn, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
+    rows: Rows,
+) -> None:  # fmt: skip
+    """Leaves there, (B, L, H * K), what queries see."""
+    how: dict[str, Any] = {"streams": rows.streams, "replicated": rows.replicated}
+    if isinstance(place, Tensor):
+        split.attend(attention, q_BLHK, k_BLHK, v_BLHK, **how, out=place.unflatten(-1, q_BLHK.shape[2:]))
+    else:
+        place.take(split.attend(attention, q_BLHK, k_BLHK, v_BLHK, **how).flatten(2))
 
 
 class JointAttention(nn.Module):

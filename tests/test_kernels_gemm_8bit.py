@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernel_checks import DEVICE, cases, check
 from test_kernels_gemm import gemm_formula
+from test_kernels_norm import quantize_formula
 from torch import Tensor
 
 from sgl_diffusion.kernels import gemm_8bit, gemm_fp8, gemm_int8, launch
@@ -33,14 +34,21 @@ def impl_of(form: str) -> Impl:
     return "torch" if form == "reference" else "triton"
 
 
-def forced(op: str, form: str) -> Any:
-    return forced_tile(op, TILES.get(form, {"form": "blas"}))
+def forced(op: str, form: str, **other: int) -> Any:
+    return forced_tile(op, TILES.get(form, {"form": "blas"}) | other)
 
 
 def gemm_8bit_formula(
-    x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, **epilogue: Any
-) -> Tensor | tuple[Tensor, Tensor]:
+    x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor,
+    code_scale: Tensor | None = None, **epilogue: Any,
+) -> Tensor | tuple[Tensor, ...]:  # fmt: skip
     """Every code is made the number it stands for."""
+    if code_scale is not None:
+        numbers = gemm_8bit_formula(x_MK, x_scale, weight_NK, weight_scale, **epilogue)
+        *head, coded = numbers if isinstance(numbers, tuple) else (numbers,)
+        kind = "int8" if weight_NK.dtype == torch.int8 else "fp8" if code_scale.ndim == 1 else "fp8_block"
+        codes, scales = quantize_formula(coded, kind, None if kind == "fp8_block" else code_scale[0])
+        return (*head, codes, scales if kind == "fp8_block" else code_scale)
     x, weight = x_MK.double(), weight_NK.double()
     N, K = weight.shape
     if weight_scale.ndim == 1:
@@ -61,7 +69,7 @@ FORMULAS = {"gemm_fp8": gemm_8bit_formula, "gemm_int8": gemm_8bit_formula}
 @pytest.mark.parametrize("case", [*cases([gemm_fp8.OP, gemm_int8.OP])], ids=lambda c: f"{c.op.name}-{c}")
 @pytest.mark.parametrize("form", FORMS)
 def test_matches_the_formula(case: Case, form: str) -> None:
-    with forced(case.op.name, form):
+    with forced(case.op.name, form, **({"BLOCK_N": 128} if case.size.get("coded") == "fp8_block" else {})):
         check(case, impl_of(form), gemm_8bit_formula)
 
 

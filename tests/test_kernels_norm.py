@@ -29,13 +29,13 @@ def by_row(vectors_GD: Tensor, group: Tensor | None, x: Tensor) -> Tensor:
     return vectors_GD[index].view(x.shape)
 
 
-def quantize_formula(x: Tensor, format: str, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def quantize_formula(x: Tensor, format: str, scale: Tensor | None = None, out: Any = None) -> tuple[Tensor, Tensor]:
     largest = {"fp8": 448, "fp8_block": 448, "int8": 127}[format]
     width = 128 if format == "fp8_block" else x.shape[-1]
     codes, scales = torch.empty_like(x), []
     for columns, of in zip(x.split(width, dim=-1), codes.split(width, dim=-1), strict=True):
         amax = columns.abs().amax(-1)
-        s = torch.where(amax == 0, 1.0, amax / largest) if scale is None else scale
+        s = torch.where(amax == 0, 1.0, amax / largest) if scale is None or format == "fp8_block" else scale
         of.copy_((columns / s[..., None]).clamp(-largest, largest))
         scales.append(s)
     codes = torch.round(codes) if format == "int8" else codes.to(torch.float8_e4m3fn).double()
@@ -193,7 +193,8 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: gate_residual(x2, x2, v[:, :8]), r"gate: shape \(2, 8\), expected \(2, 32\)"),
     (lambda: quantize_rows(x3, "int4"), "format='int4': expected fp8, fp8_block, int8"),  # type: ignore[arg-type]
     (lambda: quantize_rows(x3.mT.contiguous().mT, "int8"), "x: last dimension has stride 3"),
-    (lambda: quantize_rows(x3, "fp8_block", scale=w[:1]), "scale: expected none of format='fp8_block'"),
+    (lambda: quantize_rows(x3, "fp8_block", scale=w[:1]), "scale, out: expected both of format='fp8_block', or none"),
+    (lambda: quantize_rows(x3, "fp8", out=x3), "out: dtype float32, expected float8_e4m3fn"),
     (lambda: quantize_rows(x3, "fp8", scale=w), r"scale: shape \(32,\), expected \(1,\)"),
     (lambda: quantize_rows(x3, "fp8", scale=w[:1].half()), "scale: dtype float16, expected float32"),
 ]  # fmt: skip

@@ -15,6 +15,7 @@ from test_offload import StandIn
 from test_offload import load as load_offloaded
 from test_parallel import draw_all
 from tiny_checkpoints import build_flux
+from tiny_flux2 import HEAD_DIM, build_flux2
 from torch import Tensor, nn
 
 from sgl_diffusion.kernels.gemm import gemm
@@ -101,19 +102,45 @@ def test_codes_are_the_numbers_they_stand_for(
     assert error < (1e-4 if activations is None else 2e-2)
 
 
-def test_norms_hand_on_codes(tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what blocks read, only outputs of attentions and feed-forwards are quantised by a pass of their own."""
-    engine, seen = load(tiny("wan"), quantization="int8", enable_cuda_graph="false"), dict[str, set[type]]()
+def readers_of_codes(engine: Engine, model: str) -> set[str]:
+    """Quantised layers of blocks whose input some other pass left as codes, in all blocks and steps."""
+    seen: dict[str, set[type]] = {}
     for path, layer in layers_of(engine).items():
         name = path.split(".", 2)[2]
         layer.register_forward_pre_hook(lambda _, given, name=name: seen.setdefault(name, set()).add(type(given[0])))
-    drawn(engine, **SIZES["wan"])
-    assert {name for name, kinds in seen.items() if kinds == {Codes}} == {
-        "attn1.to_qkv",
-        "attn2.to_q",
-        "ffn.net.0.proj",
-    }
-    assert all(kinds == {Tensor} for name, kinds in seen.items() if name.split(".")[1] in ("to_k", "to_v", "to_out"))
+    drawn(engine, **SIZES[model])
+    assert all(len(kinds) == 1 for kinds in seen.values()), seen
+    return {name for name, kinds in seen.items() if kinds == {Codes}}
+
+
+def test_norms_hand_on_codes(tiny: Callable[[str], Path]) -> None:
+    """Of a scale a row, as they hold whole rows; all else is quantised by a pass of its own."""
+    engine = load(tiny("wan"), quantization="int8", enable_cuda_graph="false")
+    assert readers_of_codes(engine, "wan") == {"attn1.to_qkv", "attn2.to_q", "ffn.net.0.proj"}
+
+
+@pytest.mark.parametrize(
+    ("model", "after"),
+    [
+        ("flux", {"ff.net.2", "ff_context.net.2", "proj_out"}),
+        ("flux2", {"ff.linear_out", "ff_context.linear_out", "attn.to_out"}),
+        ("qwen", {"img_mlp.net.2", "txt_mlp.net.2"}),
+        ("wan", {"ffn.net.2"}),
+    ],
+)
+def test_activations_hand_on_codes(model: str, after: set[str], tiny: Callable[[str], Path], tmp_path: Path) -> None:
+    """Of scales of blocks, as a tile of a product holds whole ones. What is drawn does not tell."""
+    folder = tiny(model)
+    if model == "flux2":  # what stands beside the MLP of a single block has to be whole blocks wide
+        assert "attn.to_out" not in readers_of_codes(load(folder, quantization="fp8_block"), model)
+        folder = build_flux2(tmp_path / "wider", num_attention_heads=128 // HEAD_DIM)
+    engine = load(folder, quantization="fp8_block", enable_cuda_graph="false")
+    assert after <= readers_of_codes(engine, model)
+    for layer in layers_of(engine).values():
+        layer.__dict__["code_place"] = lambda shape, like: None
+    alone = drawn(engine, **SIZES[model])
+    assert not after <= readers_of_codes(engine, model)
+    assert torch.equal(drawn(load(folder, quantization="fp8_block"), **SIZES[model]), alone)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

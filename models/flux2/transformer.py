@@ -14,12 +14,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from sgl_diffusion.kernels.activation import activation
 from sgl_diffusion.kernels.embedding import timestep_embedding
 from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.models.config import ConfigError, demand, read_config
 from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, outputs
 from sgl_diffusion.models.layers import (
+    SWIGLU_WRITES,
     Codes,
     JointAttention,
     Linear,
@@ -30,8 +30,11 @@ from sgl_diffusion.models.layers import (
     Rows,
     Sequenced,
     TimestepEmbedding,
+    attend_at,
+    code_place,
     rotary_table,
     swiglu,
+    swiglu_at,
 )
 
 # B batch  T text tokens  I tokens that are drawn  J tokens of given pictures  L = T + I + J  R = B * L rows
@@ -173,14 +176,16 @@ class ParallelAttention(nn.Module):
         B, L, _ = x_BLD.shape
         both = self.to_out.in_features  # D + M, of which ranks may share each
         D = self.to_qkv_mlp_proj.out_features - 2 * both  # of the heads that are here
-        projected, mixed = self.to_qkv_mlp_proj(x_BLD), x_BLD.new_empty(B, L, both)
-        activation(projected[..., 3 * D :], "swiglu", out=mixed[..., D:])
+        mixed: Any = code_place(self.to_out, x_BLD, D, both - D, writes=SWIGLU_WRITES)
+        mixed = x_BLD.new_empty(B, L, both) if mixed is None else mixed
+        seen, mlp = mixed.split((D, both - D), dim=-1)
+        projected = self.to_qkv_mlp_proj(x_BLD)
+        swiglu_at(mlp, projected[..., 3 * D :])
         qkv = projected[..., : 3 * D].unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.unbind(2)
         stream = Stream(qkv, self.norm_q.weight, self.norm_k.weight)
         qk_norm_rope([stream], rotary.cos, rotary.sin, q, k, None, eps=EPS)
-        seen = mixed[..., :D].unflatten(-1, (-1, self.head_dim))
-        self.split.attend(self.attention, q, k, v, rows.streams, replicated=rows.replicated, out=seen)
+        attend_at(seen, self.split, self.attention, q, k, v, rows)
         return cast(Tensor, self.to_out(mixed))
 
 

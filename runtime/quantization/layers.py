@@ -6,6 +6,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from sgl_diffusion.kernels import launch
@@ -15,7 +16,7 @@ from sgl_diffusion.kernels.gemm_mx import gemm_mx, native_microscaling
 from sgl_diffusion.kernels.gemm_w4 import gemm_w4, gemm_w8
 from sgl_diffusion.kernels.low_rank import quantize_low_rank
 from sgl_diffusion.kernels.microscaling import MxFormat, quantize_mx
-from sgl_diffusion.kernels.quantize import Format, quantize_rows
+from sgl_diffusion.kernels.quantize import SCALE_BLOCK, Format, quantize_rows
 from sgl_diffusion.models.layers import Codes, read_by
 from sgl_diffusion.runtime.quantization.weight import QuantizedWeight
 
@@ -58,6 +59,7 @@ class EightBitLinear(QuantizedLinear):
 
     codes: Tensor
     scale: Tensor
+    input_scale: Tensor
 
     @property
     def multiplies_codes(self) -> bool:
@@ -68,15 +70,38 @@ class EightBitLinear(QuantizedLinear):
     @property
     def reads(self) -> Format | None:  # type: ignore[override]
         """None with a scale of activations that was calibrated: it is of this layer alone."""
-        return cast(Format, self.kind) if self.multiplies_codes and "input_scale" not in self.names else None
+        return cast(Format, self.kind) if self.multiplies_codes and self.calibrated_scale is None else None
+
+    @property
+    def calibrated_scale(self) -> Tensor | None:
+        """Of all activations."""
+        return self.input_scale if "input_scale" in self.names else None
+
+    @property
+    def writes(self) -> frozenset[Format]:
+        """Formats of codes that its epilogue can leave: `out` and `tail` may be `Codes`."""
+        if not self.multiplies_codes:
+            return frozenset()
+        return frozenset({"int8"}) if self.kind == "int8" else frozenset({"fp8", "fp8_block"})
+
+    def code_place(self, shape: tuple[int, ...], like: Tensor | Codes) -> Codes | None:
+        """For its input, as codes whose scales whoever writes a part of their columns can know."""
+        if not self.multiplies_codes or (self.kind != "fp8_block" and self.calibrated_scale is None):
+            return None
+        scale = self.calibrated_scale
+        if scale is None:
+            scale = self.codes.new_empty((*shape[:-1], -(-shape[-1] // SCALE_BLOCK)), dtype=torch.float32)
+        return Codes(self.codes.new_empty(shape, dtype=self.codes.dtype), scale, like.dtype)
 
     def forward(self, x: Tensor | Codes, **epilogue: Any) -> Any:
-        """Arguments and result as of `models.layers.Linear`."""
+        """Arguments and result as of `models.layers.Linear`, but that the last result may be a place for codes."""
+        for name in ("out", "tail"):
+            if isinstance(place := epilogue.get(name), Codes):
+                epilogue |= {name: place.values, "code_scale": place.scale}
         if isinstance(x, Tensor):
             if not self.multiplies_codes:
                 return gemm_fp8(x.contiguous(), None, self.codes, self.scale, self.bias, dtype=x.dtype, **epilogue)
-            fixed = getattr(self, "input_scale", None)
-            x = Codes(*quantize_rows(x.contiguous(), cast(Format, self.kind), scale=fixed), x.dtype)
+            x = Codes(*quantize_rows(x.contiguous(), cast(Format, self.kind), scale=self.calibrated_scale), x.dtype)
         values, scale = x.values.contiguous(), x.scale.contiguous()
         multiply = gemm_int8 if self.kind == "int8" else gemm_fp8
         return multiply(values, scale, self.codes, self.scale, self.bias, dtype=x.dtype, **epilogue)

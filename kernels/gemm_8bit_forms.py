@@ -1,0 +1,212 @@
+"""The Triton kernels of `gemm_fp8` and `gemm_int8`.
+
+"pointer" and "tma" are those of `gemm_forms.py` for 8-bit codes: the sum of the products of codes is scaled once, in
+the epilogue, or, where blocks of 128 columns have scales of their own, block by block. The pointer kernel also
+multiplies numbers of 16 or 32 bits with fp8 weights, which it decodes: on every GPU, for the sake of memory. Both can
+leave the result as codes for the next product, where a tile holds all that a scale depends on, or the scale is known.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sgl_diffusion.kernels.gemm_forms import finish, finish_tma, tile_at, with_bias_and_gelu
+from sgl_diffusion.kernels.microscaling import E4M3_BIAS, e4m3_over_bias
+from sgl_diffusion.kernels.quantize import row_scale, to_code
+
+# M rows  N output columns  K input columns
+
+@triton.jit
+def _add_product(acc, x, weight, scale, PROMOTE: tl.constexpr, PRECISION: tl.constexpr):
+    """acc + x weight, or acc + scale * x weight where blocks have scales: a number for every row, or one."""
+    if weight.dtype != x.dtype:
+        weight = e4m3_over_bias(weight).to(x.dtype)
+    if scale is not None:
+        return acc + tl.dot(x, weight, input_precision=PRECISION, out_dtype=tl.float32) * scale
+    elif PROMOTE:
+        # tensor cores sum the products of one step; without a bound the compiler gives them `acc` as well
+        return acc + tl.dot(x, weight, max_num_imprecise_acc=x.shape[1], out_dtype=tl.float32)
+    else:
+        return tl.dot(x, weight, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.jit
+def _block_scale(x_scale_ptr, weight_scale_ptr, row, first_n, first_k, K, SCALE_BLOCK: tl.constexpr):
+    """Scale of the products of a tile and a step that are within one block: of each row, or one if x has none."""
+    blocks = tl.cdiv(K, SCALE_BLOCK)
+    scale = tl.load(weight_scale_ptr + first_n // SCALE_BLOCK * blocks + first_k // SCALE_BLOCK)
+    if x_scale_ptr is None:
+        return scale * E4M3_BIAS
+    else:
+        return scale * tl.load(x_scale_ptr + row * blocks + first_k // SCALE_BLOCK)[:, None]
+
+
+@triton.jit
+def _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N):
+    """Numbers from sums of products of codes, whose rows and columns have scales."""
+    scale = tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)[None, :]
+    if x_scale_ptr is None:
+        return acc * (scale * E4M3_BIAS)
+    else:
+        return acc.to(tl.float32) * scale * tl.load(x_scale_ptr + m * x_scale_stride, mask=m < M, other=0.0)[:, None]
+
+
+@triton.jit
+def _coded(
+    y, scale_ptr, scale_stride, m, column, M, columns,
+    CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+):
+    """A tile of codes, as numbers that a conversion rounds: from `column` on, of so many `columns`.
+
+    With blocks the tile is one, and each row's scale is stored, unless the tile is before the first column. Without,
+    there is one scale, which is known.
+    """
+    if CODE_BLOCK:
+        tl.static_assert(y.shape[1] == CODE_BLOCK, "a tile of codes is a block")
+        y = tl.where((column + tl.arange(0, CODE_BLOCK) < columns)[None, :], y, 0.0)
+        scale = row_scale(tl.max(tl.abs(y), axis=1), LARGEST)
+        rows = scale_ptr + m.to(tl.int64) * scale_stride
+        tl.store(rows + column // CODE_BLOCK, scale, mask=m < tl.where(column >= 0, M, 0))
+        return to_code(y, scale[:, None], INTEGER)
+    else:
+        codes = to_code(y, tl.load(scale_ptr), INTEGER)
+        return tl.clamp(codes, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _finish_coded(
+    acc, m, first_n, bias_ptr, out_ptr, tail_ptr, code_scale_ptr, code_scale_stride, out_stride_m, tail_stride_m, M, N,
+    gelu_from, GELU: tl.constexpr, CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+):
+    """`finish`, with codes in the tail, or in `out` where there is none."""
+    n = first_n + tl.arange(0, acc.shape[1])
+    acc = with_bias_and_gelu(acc, bias_ptr, n, N, gelu_from, GELU)
+    live = (m < M)[:, None] & (n < N)[None, :]
+    row = m.to(tl.int64)[:, None]
+    if tail_ptr is None:
+        codes = _coded(acc, code_scale_ptr, code_scale_stride, m, first_n, M, N, CODE_BLOCK, LARGEST, INTEGER)
+        tl.store(out_ptr + row * out_stride_m + n[None, :], codes.to(out_ptr.dtype.element_ty), mask=live)
+    else:
+        in_tail = (n >= gelu_from)[None, :]
+        tl.store(out_ptr + row * out_stride_m + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=live & ~in_tail)
+        codes = _coded(
+            acc, code_scale_ptr, code_scale_stride, m, first_n - gelu_from, M, N - gelu_from, CODE_BLOCK, LARGEST,
+            INTEGER,
+        )
+        places = tail_ptr + row * tail_stride_m + (n - gelu_from)[None, :]
+        tl.store(places, codes.to(tail_ptr.dtype.element_ty), mask=live & in_tail)
+
+
+@triton.jit
+def _finish_coded_tma(
+    acc, m, first_m, first_n, bias_ptr, out, tail, code_scale_ptr, code_scale_stride, M, N, gelu_from,
+    GELU: tl.constexpr, CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+):
+    """The same; out and tail are descriptors, which drop the columns that are not their own."""
+    acc = with_bias_and_gelu(acc, bias_ptr, first_n + tl.arange(0, acc.shape[1]), N, gelu_from, GELU)
+    if tail is None:
+        codes = _coded(acc, code_scale_ptr, code_scale_stride, m, first_n, M, N, CODE_BLOCK, LARGEST, INTEGER)
+        out.store([first_m, first_n], codes.to(out.dtype))
+    else:
+        out.store([first_m, first_n], acc.to(out.dtype))
+        codes = _coded(
+            acc, code_scale_ptr, code_scale_stride, m, first_n - gelu_from, M, N - gelu_from, CODE_BLOCK, LARGEST,
+            INTEGER,
+        )
+        tail.store([first_m, first_n - gelu_from], codes.to(tail.dtype))
+
+
+@triton.jit
+def gemm_8bit_pointer_kernel(
+    x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr,
+    code_scale_ptr, x_stride_m, x_scale_stride, gate_stride_g, residual_stride_m, out_stride_m, tail_stride_m,
+    code_scale_stride, M, N, K, gelu_from, rows_per_gate,
+    SUM: tl.constexpr, PROMOTE: tl.constexpr, SCALE_BLOCK: tl.constexpr, GELU: tl.constexpr, ONE_GATE: tl.constexpr,
+    CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+    EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    """One tile a program."""
+    tl.static_assert(SCALE_BLOCK % BLOCK_N == 0 and SCALE_BLOCK % BLOCK_K == 0, "a block of scales holds whole tiles")
+    first_m, first_n = tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    m = first_m + tl.arange(0, BLOCK_M)
+    n = first_n + tl.arange(0, BLOCK_N)
+    k = tl.arange(0, BLOCK_K)
+    # rows and columns past the end read others and are not stored: no masks in the loop
+    x_ptrs = x_ptr + (m % M).to(tl.int64)[:, None] * x_stride_m + k[None, :]
+    weight_ptrs = weight_ptr + (n % N).to(tl.int64)[None, :] * K + k[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+    for first_k in range(0, K, BLOCK_K):
+        if EVEN_K:
+            x, weight = tl.load(x_ptrs), tl.load(weight_ptrs)
+        else:
+            live = k < K - first_k
+            x = tl.load(x_ptrs, mask=live[None, :], other=0.0)
+            weight = tl.load(weight_ptrs, mask=live[:, None], other=0.0)
+        scale = None
+        if SCALE_BLOCK:
+            scale = _block_scale(x_scale_ptr, weight_scale_ptr, m % M, first_n, first_k, K, SCALE_BLOCK)
+        acc = _add_product(acc, x, weight, scale, PROMOTE, PRECISION)
+        x_ptrs += BLOCK_K
+        weight_ptrs += BLOCK_K
+    if not SCALE_BLOCK:
+        acc = _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
+    if code_scale_ptr is not None:
+        _finish_coded(
+            acc, m, first_n, bias_ptr, out_ptr, tail_ptr, code_scale_ptr, code_scale_stride, out_stride_m,
+            tail_stride_m, M, N, gelu_from, GELU, CODE_BLOCK, LARGEST, INTEGER,
+        )
+    else:
+        finish(
+            acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, gate_stride_g, residual_stride_m,
+            out_stride_m, tail_stride_m, M, N, gelu_from, rows_per_gate, GELU, ONE_GATE,
+        )
+
+
+@triton.jit
+def gemm_8bit_tma_kernel(
+    x, x_scale_ptr, weight, weight_scale_ptr, bias_ptr, gate_ptr, residual, out, tail, code_scale_ptr, x_scale_stride,
+    gate_stride_g, code_scale_stride, M, N, K, gelu_from, rows_per_gate,
+    SUM: tl.constexpr, PROMOTE: tl.constexpr, SCALE_BLOCK: tl.constexpr, GELU: tl.constexpr, ONE_GATE: tl.constexpr,
+    CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+):
+    """Every program takes many tiles, and loads of the next tile start under the epilogue of the last."""
+    tl.static_assert(SCALE_BLOCK % BLOCK_N == 0 and SCALE_BLOCK % BLOCK_K == 0, "a block of scales holds whole tiles")
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    tl.assume(K > 0)  # or Triton 3.6 waits after every wgmma: it sees a loop that may not run
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+        first_m, first_n = tile_at(number, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        m = first_m + tl.arange(0, BLOCK_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+        for first_k in range(0, K, BLOCK_K):
+            scale = None
+            if SCALE_BLOCK:
+                scale = _block_scale(x_scale_ptr, weight_scale_ptr, m % M, first_n, first_k, K, SCALE_BLOCK)
+            acc = _add_product(acc, x.load([first_m, first_k]), weight.load([first_n, first_k]).T, scale, PROMOTE, None)
+        if code_scale_ptr is not None:
+            if not SCALE_BLOCK:
+                n = first_n + tl.arange(0, BLOCK_N)
+                acc = _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
+            _finish_coded_tma(
+                acc, m, first_m, first_n, bias_ptr, out, tail, code_scale_ptr, code_scale_stride, M, N, gelu_from,
+                GELU, CODE_BLOCK, LARGEST, INTEGER,
+            )
+        else:
+            # in halves: a whole tile's epilogue holds accumulator and result in registers at once
+            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF_N)), (0, 2, 1)))
+            n = first_n + tl.arange(0, HALF_N)
+            if not SCALE_BLOCK:
+                left = _scaled(left, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
+            finish_tma(
+                left, first_m, first_n, bias_ptr, gate_ptr, residual, out, tail, M, N, gelu_from, gate_stride_g,
+                rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
+            )
+            if not SCALE_BLOCK:
+                right = _scaled(right, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n + HALF_N, M, N)
+            finish_tma(
+                right, first_m, first_n + HALF_N, bias_ptr, gate_ptr, residual, out, tail, M, N, gelu_from,
+                gate_stride_g, rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
+            )
