@@ -9,18 +9,19 @@ slice of the output projection's input, so that [attention, MLP] is never concat
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from typing import Any, Literal, NamedTuple, overload
+from collections.abc import Mapping
+from typing import Any, Literal, overload
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.attention_forms import pointer_kernel, tma_kernel, two_tiles_kernel, ws_kernel
+from sgl_diffusion.kernels.attention_reference import Visible, attention_reference, eager_attention
 from sgl_diffusion.kernels.op import Inputs, Op, inside, noise, poisoned
+from sgl_diffusion.kernels.quantize import DTYPES, LARGEST, SCALE_BLOCK, Format, code_format, require_fp8
 
 # B batch  Q query tokens  S key tokens  H heads  G heads of k and v  K head dim
 # of the Triton kernels: a tensor core's depth, and what registers hold
@@ -36,16 +37,6 @@ BULK_ALIGNMENT = 16  # bytes, of addresses and strides
 MAX_BLOCK_S = 128  # keys of a tile
 
 
-class Visible(NamedTuple):
-    """Which keys a query sees; everything None or False: all of its sample."""
-
-    causal: bool = False
-    key_mask_BS: Tensor | None = None
-    cu_seqlens_q: Tensor | None = None
-    cu_seqlens_k: Tensor | None = None
-    max_seqlen_q: int | None = None
-
-
 ALL = Visible()
 
 
@@ -54,8 +45,8 @@ ALL = Visible()
 
 @overload
 def attention(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = ..., scale: float | None = ...,
-    causal: bool = ..., key_mask_BS: Tensor | None = ..., cu_seqlens_q: Tensor | None = ...,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = ..., code_scale: Tensor | None = ...,
+    scale: float | None = ..., causal: bool = ..., key_mask_BS: Tensor | None = ..., cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ..., max_seqlen_q: int | None = ..., return_lse: Literal[False] = ...,
     impl: launch.Impl = ...,
 ) -> Tensor: ...  # fmt: skip
@@ -63,8 +54,8 @@ def attention(
 
 @overload
 def attention(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = ..., scale: float | None = ...,
-    causal: bool = ..., key_mask_BS: Tensor | None = ..., cu_seqlens_q: Tensor | None = ...,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = ..., code_scale: Tensor | None = ...,
+    scale: float | None = ..., causal: bool = ..., key_mask_BS: Tensor | None = ..., cu_seqlens_q: Tensor | None = ...,
     cu_seqlens_k: Tensor | None = ..., max_seqlen_q: int | None = ..., return_lse: Literal[True],
     impl: launch.Impl = ...,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
@@ -72,9 +63,10 @@ def attention(
 
 def attention(
     q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
-    *, out: Tensor | None = None, scale: float | None = None, causal: bool = False, key_mask_BS: Tensor | None = None,
-    cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
-    return_lse: bool = False, impl: launch.Impl = "auto",
+    *, out: Tensor | None = None, code_scale: Tensor | None = None, scale: float | None = None,
+    causal: bool = False, key_mask_BS: Tensor | None = None, cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None, return_lse: bool = False,
+    impl: launch.Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention. Returns `out`, or a new tensor like q; a query that sees no key gets 0.
 
@@ -82,6 +74,8 @@ def attention(
         q_BLHK, k_BLHK, v_BLHK: one dtype, any strides but a contiguous last dimension; k and v may
             be of another length than q, and have fewer heads, as long as those divide the heads of q.
         out: shape and dtype of q; may be a slice of a wider buffer.
+        code_scale: fp32; `out` is 8-bit codes beside it. (1,) is the scale of all of them, to which they saturate;
+            (B, L, H), of e4m3 and a head dim of 128, is where those of heads go, with a contiguous last dimension.
         scale: of the scores, above 0; None is 1 / sqrt(K).
         causal: query i sees keys 0..i, also where the lengths differ (the mask's diagonal starts top-left).
         key_mask_BS: bool, True where a key is seen; for padding.
@@ -94,24 +88,27 @@ def attention(
             dim outside 16..128.
     """
     visible = Visible(causal, key_mask_BS, cu_seqlens_q, cu_seqlens_k, max_seqlen_q)
-    check_tensors(q_BLHK, k_BLHK, v_BLHK, out)
+    check_tensors(q_BLHK, k_BLHK, v_BLHK, out, code_scale)
     _check_visible(q_BLHK, k_BLHK, visible)
     B, Q, H, K = q_BLHK.shape
     if scale is not None and not scale > 0:
         raise ValueError(f"scale={scale}: expected a number above 0")
     if not launch.runs_triton(impl, q_BLHK):
         return attention_reference(
-            q_BLHK, k_BLHK, v_BLHK, out=out, scale=scale, return_lse=return_lse, **visible._asdict()
-        )
+            q_BLHK, k_BLHK, v_BLHK, out=out, code_scale=code_scale, scale=scale, return_lse=return_lse,
+            **visible._asdict(),
+        )  # fmt: skip
     if not MIN_HEAD_DIM <= K <= MAX_HEAD_DIM:
         raise ValueError(f"q_BLHK: head dim {K}, the kernel takes {MIN_HEAD_DIM}..{MAX_HEAD_DIM}; use impl='torch'")
+    if code_scale is not None and out is not None:
+        require_fp8(code_format(out, code_scale))
     if out is None:
         out = q_BLHK.new_empty(B, Q, H, K)
     lse = q_BLHK.new_empty(B, H, Q, dtype=torch.float32) if return_lse else None
     if q_BLHK.numel():
         scale_log2 = (K**-0.5 if scale is None else scale) * math.log2(math.e)
         with launch.on_device(q_BLHK):
-            _launch(q_BLHK, k_BLHK, v_BLHK, out, lse, visible, scale_log2)
+            _launch(q_BLHK, k_BLHK, v_BLHK, out, code_scale, lse, visible, scale_log2)
     return out if lse is None else (out, lse)
 
 
@@ -153,14 +150,17 @@ def _is_matrix(x_BLHK: Tensor) -> bool:
 
 
 def _launch(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor | None, visible: Visible, scale_log2: float
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, code_scale: Tensor | None, lse: Tensor | None, visible: Visible,
+    scale_log2: float,
+) -> None:  # fmt: skip
     form, tile = form_for(q, k, v, visible)
     (B, Q, H, K), (S, G) = q.shape, k.shape[1:3]
     lse_strides = (0, 0) if lse is None else lse.stride()[:2]
+    code_strides = code_strides_of(code_scale)
     sizes = (Q, S, H, H // G, K, scale_log2)
     constants: dict[str, Any] = {
-        "BLOCK_K": triton.next_power_of_2(K), "PRECISION": FP32_PRODUCT, "enable_fp_fusion": True, **tile,
+        "BLOCK_K": triton.next_power_of_2(K), "PRECISION": FP32_PRODUCT, "HEAD_SCALES": has_head_scales(code_scale),
+        "enable_fp_fusion": True, **tile,
     }  # fmt: skip
     if form == "pointer":
         starts_q, starts_k, mask = visible.cu_seqlens_q, visible.cu_seqlens_k, visible.key_mask_BS
@@ -169,8 +169,9 @@ def _launch(
         if starts_q is not None:
             B, Q = len(starts_q) - 1, visible.max_seqlen_q or Q
         pointer_kernel[(triton.cdiv(Q, tile["BLOCK_Q"]), B * H)](
-            q, k, v, out, lse, bias, starts_q, starts_k,
+            q, k, v, out, code_scale, lse, bias, starts_q, starts_k,
             *(stride for x in (q, k, v, out) for stride in (x.stride(0) if starts_q is None else 0, *x.stride()[1:3])),
+            *(code_strides if starts_q is None else (0, code_strides[1])),
             *(lse_strides if starts_q is None else (0, lse_strides[1])), *sizes,
             PADDED=constants["BLOCK_K"] != K, CAUSAL=visible.causal,
             # a second copy of the loop's body, for the tail alone, spills registers here
@@ -181,14 +182,15 @@ def _launch(
     if form == "ws":
         triton.set_allocator(_scratch)
         ws_kernel[(triton.cdiv(Q, tile["BLOCK_Q"]), B * H)](
-            q, k, v, out, lse, *(stride for x in (q, k, v, out) for stride in x.stride()[:3]), *lse_strides,
+            q, k, v, out, code_scale, lse, *(stride for x in (q, k, v, out) for stride in x.stride()[:3]),
+            *code_strides, *lse_strides,
             *sizes, **constants,
         )  # fmt: skip
         return
     kernel, queries = (tma_kernel, 1) if form == "tma" else (two_tiles_kernel, 2)
     kernel[(triton.cdiv(Q, queries * tile["BLOCK_Q"]), B * H)](
-        _matrix(q, tile["BLOCK_Q"]), _matrix(k, tile["BLOCK_S"]), _matrix(v, tile["BLOCK_S"]), out, lse,
-        q.stride(2), k.stride(2), v.stride(2), *out.stride()[:3], *lse_strides,
+        _matrix(q, tile["BLOCK_Q"]), _matrix(k, tile["BLOCK_S"]), _matrix(v, tile["BLOCK_S"]), out, code_scale,
+        lse, q.stride(2), k.stride(2), v.stride(2), *out.stride()[:3], *code_strides, *lse_strides,
         *sizes, **constants,
     )  # fmt: skip
 
@@ -207,7 +209,18 @@ def _scratch(size: int, alignment: int, stream: int | None) -> Tensor:
 # -- arguments --------------------------------------------------------------------
 
 
-def check_tensors(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None) -> None:
+def has_head_scales(code_scale: Tensor | None) -> bool:
+    return code_scale is not None and code_scale.ndim > 1
+
+
+def code_strides_of(code_scale: Tensor | None) -> tuple[int, int]:
+    """Between samples and tokens."""
+    return (0, 0) if code_scale is None or code_scale.ndim == 1 else (code_scale.stride(0), code_scale.stride(1))
+
+
+def check_tensors(
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None, code_scale: Tensor | None = None
+) -> None:
     launch.check_float(q_BLHK, q_BLHK=q_BLHK, k_BLHK=k_BLHK, v_BLHK=v_BLHK)
     launch.check_ndim(4, q_BLHK=q_BLHK, k_BLHK=k_BLHK)
     B, Q, H, K = q_BLHK.shape
@@ -219,11 +232,24 @@ def check_tensors(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | 
     launch.check_shape((B, S, G, K), k_BLHK=k_BLHK, v_BLHK=v_BLHK)
     launch.check_dtype(q_BLHK.dtype, k_BLHK=k_BLHK, v_BLHK=v_BLHK)
     launch.check_last_dim(q_BLHK=q_BLHK, k_BLHK=k_BLHK, v_BLHK=v_BLHK)
+    if code_scale is not None:
+        if out is None:
+            raise ValueError("out: expected a place for codes beside code_scale")
+        launch.check_device(q_BLHK, code_scale=code_scale, out=out)
+        launch.check_dtype(torch.float32, code_scale=code_scale)
+        launch.check_last_dim(code_scale=code_scale)
+        blocks = has_head_scales(code_scale)
+        if blocks and K != SCALE_BLOCK:
+            raise ValueError(f"code_scale: expected one, as heads are of {K} channels and not {SCALE_BLOCK}")
+        launch.check_shape((B, Q, H) if blocks else (1,), code_scale=code_scale)
+        if blocks or out.dtype != torch.int8:
+            launch.check_dtype(torch.float8_e4m3fn, out=out)
     if out is not None:
-        launch.check_float(q_BLHK, out=out)
+        launch.check_device(q_BLHK, out=out)
         launch.check_shape((B, Q, H, K), out=out)
-        launch.check_dtype(q_BLHK.dtype, out=out)
         launch.check_last_dim(out=out)
+        if code_scale is None:
+            launch.check_dtype(q_BLHK.dtype, out=out)
 
 
 def _check_visible(q_BLHK: Tensor, k_BLHK: Tensor, visible: Visible) -> None:
@@ -253,79 +279,12 @@ def _check_visible(q_BLHK: Tensor, k_BLHK: Tensor, visible: Visible) -> None:
         raise ValueError(f"cu_seqlens_q: shape {tuple(starts_q.shape)}, expected one more than there are sequences")
 
 
-# -- in PyTorch -------------------------------------------------------------------
-
-
-def attention_reference(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, scale: float | None = None,
-    return_lse: bool = False, **visible: Any,
-) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    """PyTorch's fused attention, which keeps heads before tokens; log-sums by a second look at the scores."""
-    results, sums = [], []
-    for q, k, v, seen in _sequences(q_BLHK, k_BLHK, v_BLHK, Visible(**visible)):
-        results.append(_attend(q, k, v, scale, seen).transpose(1, 2))
-        if return_lse:
-            sums.append(_log_sums(q, k, scale, seen))
-    result = results[0] if len(results) == 1 else torch.cat(results, 1)
-    out = result if out is None else out.copy_(result)
-    return (out, torch.cat(sums, -1)) if return_lse else out
-
-
-def _sequences(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, visible: Visible
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Visible]]:
-    """q, k and v with heads before tokens, all at once or, if packed, sequence by sequence."""
-    q, k, v = (x.transpose(1, 2) for x in (q_BLHK, k_BLHK, v_BLHK))
-    if visible.cu_seqlens_q is None or visible.cu_seqlens_k is None:
-        yield q, k, v, visible
-        return
-    starts_q, starts_k = visible.cu_seqlens_q.tolist(), visible.cu_seqlens_k.tolist()
-    for q0, q1, k0, k1 in zip(starts_q, starts_q[1:], starts_k, starts_k[1:], strict=False):
-        yield q[:, :, q0:q1], k[:, :, k0:k1], v[:, :, k0:k1], Visible(visible.causal)
-
-
-def _attend(q_BHLK: Tensor, k_BHLK: Tensor, v_BHLK: Tensor, scale: float | None, visible: Visible) -> Tensor:
-    alone = visible.key_mask_BS is None
-    return F.scaled_dot_product_attention(
-        q_BHLK, k_BHLK, v_BHLK, scale=scale, enable_gqa=q_BHLK.shape[1] != k_BHLK.shape[1],
-        is_causal=visible.causal and alone, attn_mask=None if alone else _mask(q_BHLK, k_BHLK, visible),
-    )  # fmt: skip
-
-
-def _mask(q_BHLK: Tensor, k_BHLK: Tensor, visible: Visible) -> Tensor:
-    """True where a query sees a key; broadcasts to (B, H, Q, S)."""
-    Q, S = q_BHLK.shape[2], k_BHLK.shape[2]
-    mask = torch.ones(1, 1, 1, S, dtype=torch.bool, device=q_BHLK.device)
-    if visible.causal:
-        mask = mask.expand(1, 1, Q, S).tril()
-    return mask if visible.key_mask_BS is None else mask & visible.key_mask_BS[:, None, None, :]
-
-
-def _log_sums(q_BHLK: Tensor, k_BHLK: Tensor, scale: float | None, visible: Visible) -> Tensor:
-    q, k = launch.widen(q_BHLK), launch.widen(k_BHLK)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
-    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scale is None else scale)
-    return scores.masked_fill_(~_mask(q, k, visible), -math.inf).logsumexp(-1)
-
-
-def eager_attention(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor, return_lse: bool = False, **visible: Any
-) -> Tensor:
-    """As diffusers runs it: shared heads repeated, packed sequences one by one, and never a log-sum."""
-    results = []
-    for q, k, v, seen in _sequences(q_BLHK, k_BLHK, v_BLHK, Visible(**visible)):
-        shared = q.shape[1] // k.shape[1]
-        k, v = (x.repeat_interleave(shared, 1) if shared > 1 else x for x in (k, v))
-        results.append(_attend(q, k, v, None, seen).transpose(1, 2))
-    return out.copy_(results[0] if len(results) == 1 else torch.cat(results, 1))
-
-
 # -- cases ------------------------------------------------------------------------
 
 
 def _inputs(
     device: str, dtype: torch.dtype, B: int, Q: int, S: int, H: int, K: int, G: int | None = None,
-    masked: bool = False, packed: tuple[tuple[int, ...], ...] = (), **options: bool,
+    masked: bool = False, packed: tuple[tuple[int, ...], ...] = (), coded: Format | None = None, **options: bool,
 ) -> Inputs:  # fmt: skip
     """G: heads of k and v, by default H. packed: lengths of the sequences in q and in k."""
     G = G or H
@@ -334,7 +293,7 @@ def _inputs(
         "q_BLHK": noise((B, Q, H, K), dtype, device),
         "k_BLHK": inside(longer, noise((B, S, G, K), dtype, device, 1), slice(0, S), slice(None), slice(None)),
         "v_BLHK": inside(wider, noise((B, S, G, K), dtype, device, 2), slice(0, K)),
-        "out": poisoned((B, Q, 5 * H * K), dtype, device)[..., : H * K].unflatten(-1, (H, K)),
+        **result_places(device, dtype, B, Q, H, K, coded),
         **options,
     }
     if masked:
@@ -344,6 +303,20 @@ def _inputs(
         starts = [torch.tensor([0, *lengths]).cumsum(0).int().to(device) for lengths in packed]
         inputs |= {"cu_seqlens_q": starts[0], "cu_seqlens_k": starts[1], "max_seqlen_q": max(packed[0])}
     return inputs
+
+
+def result_places(
+    device: str, dtype: torch.dtype, B: int, Q: int, H: int, K: int, coded: Format | None
+) -> dict[str, Tensor | None]:
+    """Slices of wider buffers, for numbers or codes."""
+    if coded is None:
+        wide, code_scale = poisoned((B, Q, 5 * H * K), dtype, device), None
+    else:
+        wide = torch.zeros((B, Q, 5 * H * K), dtype=DTYPES[coded], device=device)
+        code_scale = torch.full((1,), 1 / LARGEST[coded], device=device)
+        if coded == "fp8_block":
+            code_scale = poisoned((B, Q, 2 * H), torch.float32, device)[..., H:]
+    return {"out": wide[..., : H * K].unflatten(-1, (H, K)), "code_scale": code_scale}
 
 
 def _flops(i: Inputs) -> int:
@@ -376,9 +349,15 @@ OP = Op(
         {"B": 2, "Q": 17, "S": 40, "H": 1, "K": 96, "masked": True, "causal": True, "return_lse": True},
         {"B": 1, "Q": 41, "S": 59, "H": 2, "G": 1, "K": 16, "packed": ((17, 1, 23), (40, 18, 1)), "return_lse": True},
         {"B": 1, "Q": 37, "S": 37, "H": 1, "K": 32, "packed": ((20, 17), (20, 17)), "causal": True},
+        {"B": 2, "Q": 33, "S": 32, "H": 3, "K": 128, "coded": "fp8_block"},
+        {"B": 1, "Q": 37, "S": 37, "H": 2, "K": 128, "packed": ((20, 17), (20, 17)), "coded": "fp8_block"},
+        {"B": 2, "Q": 33, "S": 20, "H": 2, "K": 64, "coded": "int8"},
+        {"B": 1, "Q": 17, "S": 40, "H": 1, "K": 48, "coded": "fp8"},
     ),
     production=(
         {"B": 1, "Q": 4608, "S": 4608, "H": 24, "K": 128},
+        {"B": 1, "Q": 4608, "S": 4608, "H": 24, "K": 128, "coded": "fp8_block"},
+        {"B": 1, "Q": 4608, "S": 4608, "H": 24, "K": 128, "coded": "fp8"},
         {"B": 1, "Q": 4096, "S": 4096, "H": 24, "K": 64},
         {"B": 2, "Q": 4096, "S": 512, "H": 12, "K": 128},
         {"B": 1, "Q": 1000, "S": 1000, "H": 8, "K": 80},
@@ -395,6 +374,9 @@ OP = Op(
     ),
     bytes=lambda i: 2 * i["q_BLHK"].nbytes + i["k_BLHK"].nbytes + i["v_BLHK"].nbytes,
     flops=_flops,
-    # the weights are rounded to the dtype of v before the second product
-    tolerance={torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4},
+    # the weights are rounded to the dtype of v before the second product, which moves some codes by one
+    tolerance={
+        torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 6e-4,
+        torch.float8_e4m3fn: 2e-2, torch.int8: 1e-2,
+    },
 )

@@ -40,13 +40,15 @@ from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.attention import (
     MAX_HEAD_DIM,
     MIN_HEAD_DIM,
-    attention_reference,
     check_tensors,
-    eager_attention,
+    code_strides_of,
+    has_head_scales,
+    result_places,
 )
 from sgl_diffusion.kernels.attention_8bit_forms import attend_kernel, quantize_kernel, statistics_kernel
+from sgl_diffusion.kernels.attention_reference import attention_reference, eager_attention, placed
 from sgl_diffusion.kernels.op import Inputs, Op, inside, noise, poisoned
-from sgl_diffusion.kernels.quantize import DTYPES, LARGEST
+from sgl_diffusion.kernels.quantize import DTYPES, LARGEST, Format, code_format, require_fp8
 
 # B batch  Q query tokens  S key tokens  H heads  G heads of k and v  K head dim  P parts of the tokens
 
@@ -98,8 +100,8 @@ class Codes(NamedTuple):
 
 def attention_int8(
     q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
-    *, out: Tensor | None = None, scale: float | None = None, pv: Values = "half", smooth_k: bool = True,
-    return_lse: bool = False, impl: launch.Impl = "auto",
+    *, out: Tensor | None = None, code_scale: Tensor | None = None, scale: float | None = None, pv: Values = "half",
+    smooth_k: bool = True, return_lse: bool = False, impl: launch.Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention whose scores are int8 products. Returns `out`, or a new tensor like q.
 
@@ -107,6 +109,7 @@ def attention_int8(
         q_BLHK, k_BLHK, v_BLHK: bf16 or fp16, for the reference also fp32; one dtype, any strides but a contiguous last
             dimension; k and v may be of another length than q, and have fewer heads, as long as those divide its heads.
         out: shape and dtype of q; may be a slice of a wider buffer.
+        code_scale: as of `attention`.
         scale: of the scores, above 0; None is 1 / sqrt(K).
         pv: the product with v in the dtype of v ("half") or in e4m3 ("fp8", from sm_89 on).
         smooth_k: k without its mean over the tokens.
@@ -118,38 +121,40 @@ def attention_int8(
     """
     if pv not in VALUES:
         raise ValueError(f"pv={pv!r}: expected {' or '.join(VALUES)}")
-    return _attention("int8", q_BLHK, k_BLHK, v_BLHK, out, scale, pv, smooth_k, return_lse, impl)
+    return _attention("int8", q_BLHK, k_BLHK, v_BLHK, out, code_scale, scale, pv, smooth_k, return_lse, impl)
 
 
 def attention_fp8(
     q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
-    *, out: Tensor | None = None, scale: float | None = None, smooth_k: bool = True,
-    return_lse: bool = False, impl: launch.Impl = "auto",
+    *, out: Tensor | None = None, code_scale: Tensor | None = None, scale: float | None = None,
+    smooth_k: bool = True, return_lse: bool = False, impl: launch.Impl = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention whose products are both of e4m3 numbers; arguments and errors are those of `attention_int8`.
 
     Raises:
         launch.Unsupported: before sm_89.
     """
-    return _attention("fp8", q_BLHK, k_BLHK, v_BLHK, out, scale, "fp8", smooth_k, return_lse, impl)
+    return _attention("fp8", q_BLHK, k_BLHK, v_BLHK, out, code_scale, scale, "fp8", smooth_k, return_lse, impl)
 
 
 def _attention(
-    scores: Scores, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scale: float | None,
-    values: Values, smooth_k: bool, return_lse: bool, impl: launch.Impl,
+    scores: Scores, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, code_scale: Tensor | None,
+    scale: float | None, values: Values, smooth_k: bool, return_lse: bool, impl: launch.Impl,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    check_tensors(q, k, v, out)
+    check_tensors(q, k, v, out, code_scale)
     B, Q, H, K = q.shape
     if scale is not None and not scale > 0:
         raise ValueError(f"scale={scale}: expected a number above 0")
     if not launch.runs_triton(impl, q):
-        return _reference(scores, q, k, v, out, scale, values, smooth_k, return_lse)
+        return _reference(scores, q, k, v, out, code_scale, scale, values, smooth_k, return_lse)
     if q.dtype not in launch.HALF_DTYPES:
         raise ValueError(f"q_BLHK: dtype {q.dtype}, the kernel takes bfloat16 or float16; use impl='torch'")
     if not MIN_HEAD_DIM <= K <= MAX_HEAD_DIM:
         raise ValueError(f"q_BLHK: head dim {K}, the kernel takes {MIN_HEAD_DIM}..{MAX_HEAD_DIM}; use impl='torch'")
     if "fp8" in (scores, values) and launch.architecture() == "sm_80":
         raise launch.Unsupported(f"attention_{scores}: fp8 needs a GPU of sm_89 or later")
+    if code_scale is not None and out is not None:
+        require_fp8(code_format(out, code_scale))
     if out is None:
         out = q.new_empty(B, Q, H, K)
     lse = q.new_empty(B, H, Q, dtype=torch.float32) if return_lse else None
@@ -159,7 +164,7 @@ def _attention(
         scale_log2 = (K**-0.5 if scale is None else scale) * math.log2(math.e)
         with launch.on_device(q):
             codes = _quantize(scores, q, k, v, values, smooth_k, return_lse, scale_log2, block_k, tile["BLOCK_S"])
-            _attend(codes, q.shape, k.shape, out, lse, block_k, tile)
+            _attend(codes, q.shape, k.shape, out, code_scale, lse, block_k, tile)
     return out if lse is None else (out, lse)
 
 
@@ -198,16 +203,18 @@ def _quantize(
 
 
 def _attend(
-    codes: Codes, q_shape: torch.Size, k_shape: torch.Size, out: Tensor, lse: Tensor | None, block_k: int,
-    tile: launch.Tile,
+    codes: Codes, q_shape: torch.Size, k_shape: torch.Size, out: Tensor, code_scale: Tensor | None,
+    lse: Tensor | None, block_k: int, tile: launch.Tile,
 ) -> None:  # fmt: skip
     (B, Q, H, K), (S, G) = q_shape, k_shape[1:3]
     attend_kernel[(triton.cdiv(Q, tile["BLOCK_Q"]), B * H)](
         codes.q_BHQK, codes.k_BGSK, codes.v, codes.q_scale_BHQ, codes.k_scale_BGT, codes.v_scale_BGK,
-        codes.mean_score_BHQ, out, lse, *codes.v.stride()[:3], *out.stride()[:3],
+        codes.mean_score_BHQ, out, code_scale, lse, *codes.v.stride()[:3], *out.stride()[:3],
+        *code_strides_of(code_scale),
         *((0, 0) if lse is None else lse.stride()[:2]), Q, S, H, H // G, K, codes.k_BGSK.shape[2],
         BLOCK_K=block_k, PADDED=block_k != K, INTEGER=codes.q_BHQK.dtype == torch.int8,
-        FP8_VALUES=codes.v_scale_BGK is not None, enable_fp_fusion=True, **tile,
+        FP8_VALUES=codes.v_scale_BGK is not None, HEAD_SCALES=has_head_scales(code_scale),
+        enable_fp_fusion=True, **tile,
     )  # fmt: skip
 
 
@@ -215,8 +222,8 @@ def _attend(
 
 
 def _reference(
-    scores: Scores, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, scale: float | None,
-    values: Values, smooth_k: bool, return_lse: bool,
+    scores: Scores, q: Tensor, k: Tensor, v: Tensor, out: Tensor | None, code_scale: Tensor | None,
+    scale: float | None, values: Values, smooth_k: bool, return_lse: bool,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Attention over the numbers that the codes stand for; the weights keep their precision."""
     dtype, shared = q.dtype, q.shape[2] // k.shape[2]
@@ -230,7 +237,7 @@ def _reference(
     near_v = _rounded(v, v.abs().amax(1, keepdim=True), "fp8") if values == "fp8" else v
     result = attention_reference(near_q, near_k, near_v, scale=scale, return_lse=return_lse)
     result, lse = result if isinstance(result, tuple) else (result, None)
-    out = result.to(dtype) if out is None else out.copy_(result)
+    out = result.to(dtype) if out is None else placed(result, out, code_scale)
     if lse is None:
         return out
     if smooth_k:
@@ -247,22 +254,24 @@ def _rounded(x: Tensor, amax: Tensor, format: Scores) -> Tensor:
 
 
 def _int8_reference(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None = None, scale: float | None = None,
-    pv: Values = "half", smooth_k: bool = True, return_lse: bool = False,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None = None, code_scale: Tensor | None = None,
+    scale: float | None = None, pv: Values = "half", smooth_k: bool = True, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    return _reference("int8", q_BLHK, k_BLHK, v_BLHK, out, scale, pv, smooth_k, return_lse)
+    return _reference("int8", q_BLHK, k_BLHK, v_BLHK, out, code_scale, scale, pv, smooth_k, return_lse)
 
 
 def _fp8_reference(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None = None, scale: float | None = None,
-    smooth_k: bool = True, return_lse: bool = False,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None = None, code_scale: Tensor | None = None,
+    scale: float | None = None, smooth_k: bool = True, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
-    return _reference("fp8", q_BLHK, k_BLHK, v_BLHK, out, scale, "fp8", smooth_k, return_lse)
+    return _reference("fp8", q_BLHK, k_BLHK, v_BLHK, out, code_scale, scale, "fp8", smooth_k, return_lse)
 
 
-def _eager(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor, **how: Any) -> Tensor:
+def _eager(
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor, code_scale: Tensor | None, **how: Any
+) -> Tensor:
     """As diffusers runs it, in the dtype of the inputs and without log-sums."""
-    return eager_attention(q_BLHK, k_BLHK, v_BLHK, out)
+    return eager_attention(q_BLHK, k_BLHK, v_BLHK, out, code_scale)
 
 
 # -- cases ------------------------------------------------------------------------
@@ -270,7 +279,7 @@ def _eager(q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor, **how: A
 
 def _inputs(
     device: str, dtype: torch.dtype, B: int, Q: int, S: int, H: int, K: int, G: int | None = None,
-    outlier: float = 0.0, **how: Any,
+    outlier: float = 0.0, coded: Format | None = None, **how: Any,
 ) -> Inputs:  # fmt: skip
     """G: heads of k and v, by default H. outlier: what every token of one channel of k has more."""
     G = G or H
@@ -281,7 +290,7 @@ def _inputs(
         "q_BLHK": noise((B, Q, H, K), dtype, device),
         "k_BLHK": inside(longer, k_BSGK, slice(0, S), slice(None), slice(None)),
         "v_BLHK": inside(wider, noise((B, S, G, K), dtype, device, 2), slice(0, K)),
-        "out": poisoned((B, Q, 3 * H * K), dtype, device)[..., : H * K].unflatten(-1, (H, K)),
+        **result_places(device, dtype, B, Q, H, K, coded),
         **how,
     }
 
@@ -296,8 +305,9 @@ def _flops(i: Inputs) -> int:
 
 
 def _tolerance(scores: Scores) -> dict[torch.dtype, float]:
-    """Of results, the larger for either format of values; of log-sums, which are in fp32."""
-    return dict.fromkeys(launch.HALF_DTYPES, TOLERANCES[scores, "fp8"].rel_l2) | {torch.float32: LSE_REL_L2}
+    """Of results, the larger for either format of values, and of their codes; of log-sums, which are in fp32."""
+    results = (*launch.HALF_DTYPES, torch.float8_e4m3fn)
+    return dict.fromkeys(results, TOLERANCES[scores, "fp8"].rel_l2) | {torch.float32: LSE_REL_L2}
 
 
 INT8_OP = Op(
@@ -317,6 +327,7 @@ INT8_OP = Op(
     production=(
         {"B": 1, "Q": 4608, "S": 4608, "H": 24, "K": 128},
         {"B": 1, "Q": 4608, "S": 4608, "H": 24, "K": 128, "pv": "fp8"},
+        {"B": 1, "Q": 4608, "S": 4608, "H": 24, "K": 128, "coded": "fp8_block"},
         {"B": 1, "Q": 4096, "S": 4096, "H": 24, "K": 64, "return_lse": True},
     ),
     cpu=({"B": 1, "Q": 1024, "S": 1024, "H": 12, "K": 64},),
@@ -340,7 +351,10 @@ FP8_OP = Op(
         {"B": 2, "Q": 33, "S": 130, "H": 2, "G": 1, "K": 64, "return_lse": True, "outlier": 8.0},
         {"B": 1, "Q": 70, "S": 77, "H": 1, "K": 48, "smooth_k": False},
     ),
-    production=({"B": 1, "Q": 4608, "S": 4608, "H": 24, "K": 128},),
+    production=(
+        {"B": 1, "Q": 4608, "S": 4608, "H": 24, "K": 128},
+        {"B": 1, "Q": 4608, "S": 4608, "H": 24, "K": 128, "coded": "fp8_block"},
+    ),
     cpu=({"B": 1, "Q": 1024, "S": 1024, "H": 12, "K": 64},),
     forms=({"BLOCK_Q": 128, "BLOCK_S": 128, "STAGES": 2, "num_warps": 8},),
     bytes=_bytes,

@@ -202,11 +202,11 @@ def _attend_block(
 
 @triton.jit
 def attend_kernel(
-    q8_ptr, k8_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, mean_score_ptr, out_ptr, lse_ptr,
-    v_stride_b, v_stride_l, v_stride_h, out_stride_b, out_stride_l, out_stride_h, lse_stride_b, lse_stride_h,
-    Q, S, H, queries_per_key_head, K, S_FULL,
+    q8_ptr, k8_ptr, v_ptr, q_scale_ptr, k_scale_ptr, v_scale_ptr, mean_score_ptr, out_ptr, code_scale_ptr, lse_ptr,
+    v_stride_b, v_stride_l, v_stride_h, out_stride_b, out_stride_l, out_stride_h,
+    code_stride_b, code_stride_l, lse_stride_b, lse_stride_h, Q, S, H, queries_per_key_head, K, S_FULL,
     BLOCK_K: tl.constexpr, PADDED: tl.constexpr, INTEGER: tl.constexpr, FP8_VALUES: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
+    HEAD_SCALES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
 ):
     """v_ptr: codes, channels before tokens, if FP8_VALUES, else the values themselves with their strides."""
     b = (tl.program_id(1) // H).to(tl.int64)
@@ -249,6 +249,6 @@ def attend_kernel(
     if mean_score_ptr is not None:
         row_max += tl.load(mean_score_ptr + head * Q + row, mask=row < Q, other=0.0)
     finish(
-        acc, row_max, row_sum, out_ptr, lse_ptr, b, h, first, out_stride_b, out_stride_l, out_stride_h,
-        Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False,
+        acc, row_max, row_sum, out_ptr, code_scale_ptr, lse_ptr, b, h, first, out_stride_b, out_stride_l, out_stride_h,
+        code_stride_b, code_stride_l, Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False, HEAD_SCALES,
     )

@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sgl_diffusion.kernels.quantize import row_scale, to_code
+
 # of the kernels: b batch  h head  first row of the query tile
 # r rows of a tile  s keys of a tile  d channels of a head
 
@@ -38,14 +40,29 @@ def _weigh(scores, acc, row_max, row_sum, scale_log2, SOME_ROWS_DEAD: tl.constex
 
 @triton.jit
 def finish(
-    acc, row_max, row_sum, out_ptr, lse_ptr, b, h, first, out_stride_b, out_stride_l, out_stride_h,
-    Q, lse_stride_b, lse_stride_h, K,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SOME_ROWS_DEAD: tl.constexpr,
+    acc, row_max, row_sum, out_ptr, code_scale_ptr, lse_ptr, b, h, first, out_stride_b, out_stride_l, out_stride_h,
+    code_stride_b, code_stride_l, Q, lse_stride_b, lse_stride_h, K,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, SOME_ROWS_DEAD: tl.constexpr, HEAD_SCALES: tl.constexpr,
 ):
-    """Stores a tile of the result, and the logarithm of each row's sum if `lse_ptr` is given."""
+    """Stores a tile of the result, and the logarithm of each row's sum if `lse_ptr` is given.
+
+    With `code_scale_ptr` the result is codes: HEAD_SCALES, with a scale for every row and head, which is stored there;
+    else with the one scale that is there.
+    """
     r = tl.arange(0, BLOCK_Q)
     d = tl.arange(0, BLOCK_K)
     acc = acc / (tl.where(row_sum > 0, row_sum, 1.0) if SOME_ROWS_DEAD else row_sum)[:, None]
+    if code_scale_ptr is not None:
+        INTEGER: tl.constexpr = out_ptr.dtype.element_ty == tl.int8
+        LARGEST: tl.constexpr = 127.0 if INTEGER else 448.0
+        if HEAD_SCALES:
+            scale = row_scale(tl.max(tl.abs(acc), axis=1), LARGEST)
+            rows = code_scale_ptr + b * code_stride_b + first.to(tl.int64) * code_stride_l + h
+            tl.store(rows + r * code_stride_l, scale, mask=first + r < Q)
+            acc = to_code(acc, scale[:, None], INTEGER)
+        else:
+            acc = to_code(acc, tl.load(code_scale_ptr), INTEGER)
+            acc = tl.clamp(acc, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
     out = out_ptr + b * out_stride_b + first.to(tl.int64) * out_stride_l + h * out_stride_h
     tl.store(
         out + r[:, None] * out_stride_l + d[None, :], acc.to(out_ptr.dtype.element_ty),
@@ -94,13 +111,14 @@ def _attend_block(
 
 @triton.jit
 def pointer_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, key_bias_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, code_scale_ptr, lse_ptr, key_bias_ptr, cu_seqlens_q_ptr, cu_seqlens_k_ptr,
     q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h,
     v_stride_b, v_stride_l, v_stride_h, out_stride_b, out_stride_l, out_stride_h,
-    lse_stride_b, lse_stride_h,
+    code_stride_b, code_stride_l, lse_stride_b, lse_stride_h,
     Q, S, H, queries_per_key_head, K, scale_log2,
     BLOCK_K: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, ONE_LOOP: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, HEAD_SCALES: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     # 64-bit bases, 32-bit offsets inside a tile: video sequences pass 2^31 elements
     b = (tl.program_id(1) // H).to(tl.int64)
@@ -115,6 +133,8 @@ def pointer_kernel(
         S = tl.load(cu_seqlens_k_ptr + b + 1) - k_start
         q_ptr += q_start.to(tl.int64) * q_stride_l
         out_ptr += q_start.to(tl.int64) * out_stride_l
+        if HEAD_SCALES:
+            code_scale_ptr += q_start.to(tl.int64) * code_stride_l
         k_ptr += k_start.to(tl.int64) * k_stride_l
         v_ptr += k_start.to(tl.int64) * v_stride_l
         if lse_ptr is not None:
@@ -153,9 +173,9 @@ def pointer_kernel(
             True, CAUSAL, PADDED, PRECISION, BLOCK_Q, BLOCK_S, BLOCK_K,
         )
     finish(
-        acc, row_max, row_sum, out_ptr, lse_ptr, b, h, first, out_stride_b, out_stride_l, out_stride_h,
-        Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K,
-        key_bias_ptr is not None or cu_seqlens_k_ptr is not None,
+        acc, row_max, row_sum, out_ptr, code_scale_ptr, lse_ptr, b, h, first, out_stride_b, out_stride_l, out_stride_h,
+        code_stride_b, code_stride_l, Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K,
+        key_bias_ptr is not None or cu_seqlens_k_ptr is not None, HEAD_SCALES,
     )
 
 
@@ -186,10 +206,10 @@ def _attend_tiles(
 
 @triton.jit
 def tma_kernel(
-    q_tiles, k_tiles, v_tiles, out_ptr, lse_ptr, q_stride_h, k_stride_h, v_stride_h,
-    out_stride_b, out_stride_l, out_stride_h, lse_stride_b, lse_stride_h,
+    q_tiles, k_tiles, v_tiles, out_ptr, code_scale_ptr, lse_ptr, q_stride_h, k_stride_h, v_stride_h,
+    out_stride_b, out_stride_l, out_stride_h, code_stride_b, code_stride_l, lse_stride_b, lse_stride_h,
     Q, S, H, queries_per_key_head, K, scale_log2,
-    BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr, HEAD_SCALES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Descriptors of 2-D views: rows are the tokens of all samples, columns the channels of all heads."""
@@ -202,18 +222,20 @@ def tma_kernel(
         RAGGED, False, PRECISION, BLOCK_Q, BLOCK_S, BLOCK_K, STAGES,
     )
     finish(
-        acc, row_max, row_sum, out_ptr, lse_ptr, b.to(tl.int64), h.to(tl.int64), first,
-        out_stride_b, out_stride_l, out_stride_h, Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False,
+        acc, row_max, row_sum, out_ptr, code_scale_ptr, lse_ptr, b.to(tl.int64), h.to(tl.int64), first,
+        out_stride_b, out_stride_l, out_stride_h, code_stride_b, code_stride_l,
+        Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False, HEAD_SCALES,
     )
 
 
 @triton.jit
 def ws_kernel(
-    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, code_scale_ptr, lse_ptr,
     q_stride_b, q_stride_l, q_stride_h, k_stride_b, k_stride_l, k_stride_h,
-    v_stride_b, v_stride_l, v_stride_h, out_stride_b, out_stride_l, out_stride_h, lse_stride_b, lse_stride_h,
+    v_stride_b, v_stride_l, v_stride_h, out_stride_b, out_stride_l, out_stride_h,
+    code_stride_b, code_stride_l, lse_stride_b, lse_stride_h,
     Q, S, H, queries_per_key_head, K, scale_log2,
-    BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr, HEAD_SCALES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
 ):
     """Descriptors of one head of one sample: rows past its end and channels past K read as 0."""
@@ -235,8 +257,9 @@ def ws_kernel(
         RAGGED, True, PRECISION, BLOCK_Q, BLOCK_S, BLOCK_K, STAGES,
     )
     finish(
-        acc, row_max, row_sum, out_ptr, lse_ptr, b, h, first,
-        out_stride_b, out_stride_l, out_stride_h, Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False,
+        acc, row_max, row_sum, out_ptr, code_scale_ptr, lse_ptr, b, h, first,
+        out_stride_b, out_stride_l, out_stride_h, code_stride_b, code_stride_l,
+        Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False, HEAD_SCALES,
     )
 
 
@@ -245,10 +268,10 @@ def ws_kernel(
 
 @triton.jit
 def two_tiles_kernel(
-    q_tiles, k_tiles, v_tiles, out_ptr, lse_ptr, q_stride_h, k_stride_h, v_stride_h,
-    out_stride_b, out_stride_l, out_stride_h, lse_stride_b, lse_stride_h,
+    q_tiles, k_tiles, v_tiles, out_ptr, code_scale_ptr, lse_ptr, q_stride_h, k_stride_h, v_stride_h,
+    out_stride_b, out_stride_l, out_stride_h, code_stride_b, code_stride_l, lse_stride_b, lse_stride_h,
     Q, S, H, queries_per_key_head, K, scale_log2,
-    BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, RAGGED: tl.constexpr, PRECISION: tl.constexpr, HEAD_SCALES: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, STAGES: tl.constexpr,
 ):
     """As `tma_kernel`, with two tiles of BLOCK_Q queries: both products with k first, then softmax by softmax."""
@@ -280,10 +303,12 @@ def two_tiles_kernel(
     b = b.to(tl.int64)
     h = h.to(tl.int64)
     finish(
-        acc0, max0, sum0, out_ptr, lse_ptr, b, h, first,
-        out_stride_b, out_stride_l, out_stride_h, Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False,
+        acc0, max0, sum0, out_ptr, code_scale_ptr, lse_ptr, b, h, first,
+        out_stride_b, out_stride_l, out_stride_h, code_stride_b, code_stride_l,
+        Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False, HEAD_SCALES,
     )
     finish(
-        acc1, max1, sum1, out_ptr, lse_ptr, b, h, second,
-        out_stride_b, out_stride_l, out_stride_h, Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False,
+        acc1, max1, sum1, out_ptr, code_scale_ptr, lse_ptr, b, h, second,
+        out_stride_b, out_stride_l, out_stride_h, code_stride_b, code_stride_l,
+        Q, lse_stride_b, lse_stride_h, K, BLOCK_Q, BLOCK_K, False, HEAD_SCALES,
     )

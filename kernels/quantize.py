@@ -130,6 +130,13 @@ def new_scales(x: Tensor, D: int, format: Format) -> Tensor:
     return x.new_empty((*x.shape[:-1], *blocks), dtype=torch.float32)
 
 
+def quantize_heads(x_BLHK: Tensor, out_BLHK: Tensor, scale: Tensor) -> Tensor:
+    """`out`: codes of what an attention without codes returned, with the scales that `attention` would leave."""
+    x, out = x_BLHK.flatten(2), out_BLHK.flatten(2)
+    quantize_rows(x, code_format(out, scale), scale=scale, out=out)
+    return out_BLHK
+
+
 def scale_stride(scales: Tensor, format: Format) -> int:
     """From a row's scales to the next row's."""
     return launch.row_stride("scale", scales) if format == "fp8_block" else 1

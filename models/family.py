@@ -11,6 +11,7 @@ from PIL.Image import Image
 from torch import Tensor, nn
 
 AttentionFn = Callable[..., Tensor]
+"""`attention(q_BLHK, k_BLHK, v_BLHK, *, out=None, code_scale=None)` -> out_BLHK, as `kernels.attention`."""
 """`attention(q_BLHK, k_BLHK, v_BLHK, *, out=None) -> out_BLHK`; the runtime chooses the backend behind it.
 
 A `Split` over ranks that pass keys on asks for `return_lse=True` as well: (out_BLHK, lse_BHL), natural logarithms of
@@ -57,12 +58,14 @@ class Split(Protocol):
         *,
         replicated: int = 0,
         out: Tensor | None = None,
+        code_scale: Tensor | None = None,
     ) -> Tensor:
         """What this rank's tokens see of those of all ranks.
 
         Args:
             streams: how many tokens there are of each, over all ranks, in the order in which they lie here.
             replicated: so many streams, the first ones, are not spread: every rank has, and gets, all of them.
+            out, code_scale: as of `kernels.attention`.
         """
 
 
@@ -87,8 +90,10 @@ class OneRank:
         *,
         replicated: int = 0,
         out: Tensor | None = None,
+        code_scale: Tensor | None = None,
     ) -> Tensor:
-        return attention(q_BLHK, k_BLHK, v_BLHK, out=out)
+        coded = {} if code_scale is None else {"code_scale": code_scale}
+        return attention(q_BLHK, k_BLHK, v_BLHK, out=out, **coded)
 
 
 ONE_RANK = OneRank()

@@ -150,7 +150,7 @@ class SingleBlock(nn.Module):
         qkv = qkv.unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.unbind(2)
         qk_norm_rope([Stream(qkv, a.norm_q.weight, a.norm_k.weight)], rotary.cos, rotary.sin, q, k, None)
-        attend_at(seen, self.split, self.attention, q, k, v, rows)
+        attend_at(seen, self.split, self.attention, q, k, v, rows.streams, rows.replicated)
         stream.add(self.proj_out(mixed), gate)
 
 

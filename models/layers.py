@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -23,7 +25,9 @@ from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, ou
 # P = K / 2 rotary pairs  G groups of rows with one modulation
 # M timesteps x batch  V modulation vectors
 VECTORS_OF_A_SLICE = 12  # of modulation: as many weights as a small block has
-SWIGLU_WRITES: tuple[Format, ...] = ("fp8_block",)  # formats of codes that `swiglu_at` leaves in a place
+# formats of codes that `swiglu_at` and `attend_at` leave in a place
+SWIGLU_WRITES: tuple[Format, ...] = ("fp8_block",)
+ATTENTION_WRITES: tuple[Format, ...] = ("fp8_block", "fp8", "int8")
 
 
 class Linear(nn.Linear):
@@ -57,7 +61,7 @@ class Codes:
     def shape(self) -> torch.Size:
         return self.values.shape
 
-    def __getitem__(self, rows: slice) -> Codes:
+    def __getitem__(self, rows: slice | tuple[slice, ...]) -> Codes:
         return Codes(self.values[rows], self.scale[rows], self.dtype)
 
     def view(self, batch: int, tokens: int, width: int) -> Codes:
@@ -355,14 +359,30 @@ class Rotary:
 
 def attend_at(
     place: Tensor | Codes, split: Split, attention: AttentionFn, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
-    rows: Rows,
+    streams: Sequence[int], replicated: int = 0,
 ) -> None:  # fmt: skip
     """Leaves there, (B, L, H * K), what queries see."""
-    how: dict[str, Any] = {"streams": rows.streams, "replicated": rows.replicated}
+    heads, attend = q_BLHK.shape[2:], partial(split.attend, attention, q_BLHK, k_BLHK, v_BLHK, streams)
     if isinstance(place, Tensor):
-        split.attend(attention, q_BLHK, k_BLHK, v_BLHK, **how, out=place.unflatten(-1, q_BLHK.shape[2:]))
-    else:
-        place.take(split.attend(attention, q_BLHK, k_BLHK, v_BLHK, **how).flatten(2))
+        attend(replicated=replicated, out=place.unflatten(-1, heads))
+    elif place.scale.ndim == 1 or heads[1] == SCALE_BLOCK:
+        attend(replicated=replicated, out=place.values.unflatten(-1, heads), code_scale=place.scale)
+    else:  # no head is a block
+        place.take(attend(replicated=replicated).flatten(2))
+
+
+def attended(
+    into: Sequence[nn.Module], split: Split, attention: AttentionFn, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor,
+    streams: Sequence[int], replicated: int = 0,
+) -> Tensor | Codes:  # fmt: skip
+    """What queries see, (B, L, H * K), as the layers that follow read it."""
+    width, place = math.prod(q_BLHK.shape[2:]), None
+    if len(into) == 1 or read_by(*into) == "fp8_block":  # a calibrated scale is of one layer
+        place = code_place(into[0], q_BLHK[:, :, 0], width, writes=ATTENTION_WRITES)
+    if place is None:
+        return split.attend(attention, q_BLHK, k_BLHK, v_BLHK, streams, replicated=replicated).flatten(2)
+    attend_at(place, split, attention, q_BLHK, k_BLHK, v_BLHK, streams, replicated)
+    return place
 
 
 class JointAttention(nn.Module):
@@ -403,7 +423,7 @@ class JointAttention(nn.Module):
         self.to_out[0](mixed_BLD[:, rows.text :], out=image_out)
         return y_RD
 
-    def mix(self, text_BTD: Tensor | Codes, image_BID: Tensor | Codes, rows: Rows, rotary: Rotary) -> Tensor:
+    def mix(self, text_BTD: Tensor | Codes, image_BID: Tensor | Codes, rows: Rows, rotary: Rotary) -> Tensor | Codes:
         """(B, L, D). Both streams write their rows of one Q, K and V, so nothing is concatenated."""
         B, L = text_BTD.shape[0], text_BTD.shape[1] + image_BID.shape[1]
         text_qkv = self.add_qkv_proj(text_BTD).unflatten(-1, (3, -1, self.head_dim))
@@ -414,7 +434,8 @@ class JointAttention(nn.Module):
             Stream(image_qkv, self.norm_q.weight, self.norm_k.weight),
         ]
         qk_norm_rope(streams, rotary.cos, rotary.sin, q, k, v)
-        return self.split.attend(self.attention, q, k, v, rows.streams, replicated=rows.replicated).flatten(2)
+        readers = (self.to_add_out, self.to_out[0])
+        return attended(readers, self.split, self.attention, q, k, v, rows.streams, rows.replicated)
 
 
 # -- tables -------------------------------------------------------------------------

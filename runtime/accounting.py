@@ -195,10 +195,11 @@ def counted() -> Iterator[Work]:
 
 
 def attend(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
-) -> Any:
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, code_scale: Tensor | None = None,
+    return_lse: bool = False,
+) -> Any:  # fmt: skip
     """The twin's attention, whichever backend the pipeline has: they all do this work, log-sums or not."""
-    result = attention(q_BLHK, k_BLHK, v_BLHK, out=out)
+    result = attention(q_BLHK, k_BLHK, v_BLHK, out=out, code_scale=code_scale)
     B, L, H, _ = q_BLHK.shape
     return (result, q_BLHK.new_empty(B, H, L, dtype=torch.float32)) if return_lse else result
 

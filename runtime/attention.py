@@ -25,6 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from sgl_diffusion.kernels.attention import MAX_HEAD_DIM, MIN_HEAD_DIM, attention
 from sgl_diffusion.kernels.attention_8bit import VALUES, Values, attention_fp8, attention_int8
 from sgl_diffusion.kernels.launch import architecture
+from sgl_diffusion.kernels.quantize import quantize_heads
 from sgl_diffusion.models.family import AttentionFn
 from sgl_diffusion.runtime.errors import UserError
 
@@ -77,7 +78,8 @@ class Backend(Protocol):
     @property
     def run(self) -> Callable[..., Any]:
         """`run(q_BLHK, k_BLHK, v_BLHK, *, out=None, return_lse=False, **settings)` -> out_BLHK; with `return_lse`,
-        (out_BLHK, lse_BHL): natural logarithms of the softmax sums, contiguous and in fp32."""
+        (out_BLHK, lse_BHL): natural logarithms of the softmax sums, contiguous and in fp32. Those of `OURS` take a
+        `code_scale`."""
 
 
 Result = Tensor | tuple[Tensor, Tensor]
@@ -160,11 +162,12 @@ class Triton:
         return case.not_on_a_gpu() + case.head_dim_outside(MIN_HEAD_DIM, MAX_HEAD_DIM)
 
     def run(
-        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
-    ) -> Result:
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None,
+        code_scale: Tensor | None = None, return_lse: bool = False,
+    ) -> Result:  # fmt: skip
         if return_lse:
             return attention(q_BLHK, k_BLHK, v_BLHK, out=out, return_lse=True, impl="triton")
-        return attention(q_BLHK, k_BLHK, v_BLHK, out=out, impl="triton")
+        return attention(q_BLHK, k_BLHK, v_BLHK, out=out, code_scale=code_scale, impl="triton")
 
 
 class TritonInt8:
@@ -184,13 +187,15 @@ class TritonInt8:
         v_BLHK: Tensor,
         *,
         out: Tensor | None = None,
+        code_scale: Tensor | None = None,
         return_lse: bool = False,
         pv: Values = "half",
         smooth_k: bool = True,
     ) -> Result:
         return attention_int8(
-            q_BLHK, k_BLHK, v_BLHK, out=out, pv=pv, smooth_k=smooth_k, return_lse=return_lse, impl="triton"
-        )
+            q_BLHK, k_BLHK, v_BLHK, out=out, code_scale=code_scale, pv=pv, smooth_k=smooth_k, return_lse=return_lse,
+            impl="triton",
+        )  # fmt: skip
 
 
 class TritonFp8:
@@ -210,10 +215,20 @@ class TritonFp8:
         v_BLHK: Tensor,
         *,
         out: Tensor | None = None,
+        code_scale: Tensor | None = None,
         return_lse: bool = False,
         smooth_k: bool = True,
     ) -> Result:
-        return attention_fp8(q_BLHK, k_BLHK, v_BLHK, out=out, smooth_k=smooth_k, return_lse=return_lse, impl="triton")
+        return attention_fp8(
+            q_BLHK,
+            k_BLHK,
+            v_BLHK,
+            out=out,
+            code_scale=code_scale,
+            smooth_k=smooth_k,
+            return_lse=return_lse,
+            impl="triton",
+        )
 
 
 class FlashAttention:
@@ -327,14 +342,16 @@ class Attention:
             pick(component, requested, Case(device, dtype, settings=self._settings))
 
     def __call__(
-        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
-    ) -> Any:
+        self, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None,
+        code_scale: Tensor | None = None, return_lse: bool = False,
+    ) -> Any:  # fmt: skip
         """`out`, or a new tensor like q; with `return_lse`, (out_BLHK, lse_BHL), natural logarithms in fp32.
 
-        Without a key, or a query, out is 0 and lse -inf.
+        Without a key, or a query, out is 0 and lse -inf. `code_scale` is as of `kernels.attention`, and no log-sums are
+        asked for beside it; a backend that leaves no codes is followed by a pass that makes them.
         """
         if not (q_BLHK.numel() and k_BLHK.numel()):
-            return _of_nothing(q_BLHK, out, return_lse)
+            return _of_nothing(q_BLHK, out, code_scale, return_lse)
         shape = head_dim, keys, lse = q_BLHK.shape[-1], k_BLHK.shape[1], return_lse
         backend = self._chosen.get(shape)
         if backend is None:
@@ -342,7 +359,7 @@ class Attention:
             backend = pick(self.component, self.requested, case)
             self._chosen[shape] = backend
         asked = {"return_lse": True} if return_lse else {}
-        return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, **asked, **self._settings)
+        return _run(backend, q_BLHK, k_BLHK, v_BLHK, out, code_scale, **asked, **self._settings)
 
     @property
     def used(self) -> str | None:
@@ -354,8 +371,22 @@ class Attention:
         return "; ".join(f"{name} for {', '.join(map(str, keys[name]))} keys" for name in names)
 
 
-def _of_nothing(q_BLHK: Tensor, out: Tensor | None, return_lse: bool) -> Result:
+def _run(
+    backend: Backend, q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None, code_scale: Tensor | None,
+    **asked: Any,
+) -> Any:  # fmt: skip
+    """A backend, with the codes that it leaves or that are made of what it returns."""
+    if code_scale is None or out is None:
+        return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, **asked)
+    if backend.name in OURS:
+        return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, code_scale=code_scale, **asked)
+    return quantize_heads(backend.run(q_BLHK, k_BLHK, v_BLHK, **asked), out, code_scale)
+
+
+def _of_nothing(q_BLHK: Tensor, out: Tensor | None, code_scale: Tensor | None, return_lse: bool) -> Result:
     """Attention that no query, or no key, takes part in, which PyTorch's kernels for the CPU crash on."""
+    if code_scale is not None and out is not None:
+        return quantize_heads(torch.zeros_like(q_BLHK), out, code_scale)
     out = torch.zeros_like(q_BLHK) if out is None else out.zero_()
     B, L, H, _ = q_BLHK.shape
     return (out, q_BLHK.new_full((B, H, L), -math.inf, dtype=torch.float32)) if return_lse else out
@@ -369,14 +400,15 @@ def shape_only_attention(
     """
 
     def attend(
-        q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None, return_lse: bool = False
-    ) -> Any:
+        q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, *, out: Tensor | None = None,
+        code_scale: Tensor | None = None, return_lse: bool = False,
+    ) -> Any:  # fmt: skip
         settings = settings_of(component, requested, config or {})
         case = Case(device, q_BLHK.dtype, q_BLHK.shape[-1], k_BLHK.shape[1], return_lse, settings)
         backend = pick(component, requested, case)
         if backend.name not in OURS:
-            return BACKENDS["torch_sdpa"].run(q_BLHK, k_BLHK, v_BLHK, out=out, return_lse=return_lse)
-        return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, return_lse=return_lse, **settings)
+            backend, settings = BACKENDS["torch_sdpa"], {}
+        return _run(backend, q_BLHK, k_BLHK, v_BLHK, out, code_scale, return_lse=return_lse, **settings)
 
     return attend
 

@@ -16,6 +16,7 @@ import sgl_diffusion.kernels
 from sgl_diffusion.bench import attention_order
 from sgl_diffusion.kernels.launch import rehearsing
 from sgl_diffusion.kernels.op import rel_l2
+from sgl_diffusion.kernels.quantize import DTYPES, quantize_rows
 from sgl_diffusion.runtime import attention as attention_module
 from sgl_diffusion.runtime.args import ServerArgs
 from sgl_diffusion.runtime.attention import BACKENDS, EXACT, Attention, Case, order_table, pick, read_settings
@@ -160,7 +161,24 @@ def test_plans_and_compile_checks_run_the_kernel_that_was_asked_for(monkeypatch:
     assert blueprint is not None
     q = torch.empty(1, 5, 2, 16, device="meta", dtype=torch.bfloat16)
     assert blueprint.attention_on(GPU)("transformer")(q, q, q) is q
-    assert seen == {"impl": "triton", "out": None, "return_lse": False, "pv": "fp8", "smooth_k": False}
+    assert seen.pop("out") is seen.pop("code_scale") is None
+    assert seen == {"impl": "triton", "return_lse": False, "pv": "fp8", "smooth_k": False}
+
+
+@pytest.mark.parametrize("keys", [7, 0])
+@pytest.mark.parametrize("coded", ["fp8_block", "fp8", "int8"])
+def test_codes_are_made_after_backends_that_leave_none(coded: Any, keys: int) -> None:
+    """In a slice of a wider buffer, with scales of heads of 128 channels or one for all."""
+    q, k, v = (torch.randn(2, tokens, 3, 128 if coded == "fp8_block" else 48) for tokens in (5, keys, keys))
+    attend = Attention("transformer", "torch_sdpa", torch.device("cpu"), torch.float32)
+    wide = torch.zeros(2, 5, 5, q.shape[-1]).to(DTYPES[coded])
+    scales = torch.full((2, 5, 6), -1.0) if coded == "fp8_block" else torch.tensor([0.01])
+    place, scale = wide[:, :, 1:4], scales[..., 3:] if coded == "fp8_block" else scales
+    assert attend(q, k, v, out=place, code_scale=scale) is place
+    codes, want = quantize_rows(attend(q, k, v).flatten(2), coded, scale=None if coded == "fp8_block" else scale)
+    assert torch.equal(place.flatten(2).float(), codes.float()) and bool(codes.float().any()) == bool(keys)
+    assert coded != "fp8_block" or torch.equal(scale, want) and (scales[..., :3] == -1).all()
+    assert not wide[:, :, 0].float().any() and not wide[:, :, 4].float().any()
 
 
 def test_log_sum_exps_of_packages(monkeypatch: pytest.MonkeyPatch) -> None:

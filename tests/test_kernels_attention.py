@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from kernel_checks import DEVICE, cases, check
+from test_kernels_norm import quantize_formula
 from torch import Tensor
 
 from sgl_diffusion.kernels import attention as module
 from sgl_diffusion.kernels.attention import OP, Form, Visible, attention, bulk_copies, form_for
 from sgl_diffusion.kernels.launch import forced_tile
 from sgl_diffusion.kernels.op import Case, in_float64, poisoned, rel_l2
+from sgl_diffusion.kernels.quantize import DTYPES, LARGEST
 
 pytestmark = pytest.mark.usefixtures("repaired_interpreter", "poisoned_memory")
 
@@ -23,7 +25,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def attention_formula(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None = None,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None = None, code_scale: Tensor | None = None,
     causal: bool = False, key_mask_BS: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, max_seqlen_q: int | None = None,
     return_lse: bool = False,
@@ -48,6 +50,10 @@ def attention_formula(
     weights = torch.exp(scores) * seen
     total = weights.sum(-1, keepdim=True)
     result = torch.einsum("bhqs,bshk->bqhk", weights / total.clamp_min(1e-300), v)
+    if code_scale is not None:
+        blocks = code_scale.ndim > 1
+        kind = "fp8_block" if blocks else "int8" if out is not None and out.dtype == torch.int8 else "fp8"
+        return quantize_formula(result, kind, None if blocks else code_scale[0])[0]
     return (result, total.log()[..., 0]) if return_lse else result
 
 
@@ -199,12 +205,37 @@ def test_log_sums_of_large_scores() -> None:
 
 def test_the_reference_is_exact_in_float64() -> None:
     for case in OP.cases(OP.tiny):
-        if case.dtype == torch.float32:
+        if case.dtype == torch.float32 and "coded" not in case.size:  # codes are of fp8 and int8
             x = case.inputs(DEVICE)
             want = attention_formula(**in_float64_all(x))
             want = want if isinstance(want, tuple) else (want,)
             for got, exact in zip(OP.exact(x), want, strict=True):
                 assert got.dtype == torch.float64 and rel_l2(got, exact) < 1e-13
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("coded", ["fp8_block", "fp8", "int8"])
+def test_results_may_be_codes(coded: Any, form: Form, dtype: Any) -> None:
+    """Of heads with a scale each, of 128 channels, or with one for all, in a slice of a wider buffer."""
+    x = inputs(1, 40, 32, 2, 128, dtype=dtype)
+    tile = {"form": form, "BLOCK_Q": 16, "BLOCK_S": 16, "STAGES": 2, **({"num_warps": 4} if DEVICE == "cuda" else {})}
+    out = torch.zeros(1, 40, 4, 128, device=DEVICE).to(DTYPES[coded])
+    with forced_tile("attention", tile):
+        numbers = attention(**x, impl="triton").float()
+        scale = torch.full((1,), float(numbers.abs().amax()) / 2 / LARGEST[coded], device=DEVICE)
+        if coded == "fp8_block":
+            scale = torch.full((1, 40, 4), -1.0, device=DEVICE)
+        heads = scale[..., 2:] if coded == "fp8_block" else scale
+        attention(**x, out=out[:, :, 2:], code_scale=heads, impl="triton")
+    assert not out[:, :, :2].float().any() and (coded != "fp8_block" or (scale[..., :2] == -1).all())
+    want, codes = numbers, out[:, :, 2:].float()
+    if coded == "fp8_block":
+        assert rel_l2(heads * LARGEST[coded], numbers.abs().amax(-1)) < OP.tolerance[dtype]
+        codes *= heads[..., None]
+    else:  # half of the largest number: codes saturate
+        codes, want = codes * heads, numbers.clamp(-LARGEST[coded] * heads, LARGEST[coded] * heads)
+    assert rel_l2(codes, want) < (0.01 if coded == "int8" else 0.03)
 
 
 # -- arguments --------------------------------------------------------------------

@@ -23,6 +23,7 @@ from sgl_diffusion.kernels.attention_8bit import (
 )
 from sgl_diffusion.kernels.launch import Unsupported, forced_tile
 from sgl_diffusion.kernels.op import Case, poisoned, rel_l2
+from sgl_diffusion.kernels.quantize import DTYPES, LARGEST
 
 pytestmark = pytest.mark.usefixtures("repaired_interpreter", "poisoned_memory")
 
@@ -38,8 +39,8 @@ def attend(format: Format, *tensors: Tensor, impl: Any = "triton", **how: Any) -
 
 
 def attention_formula(
-    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None = None, pv: str = "half", smooth_k: bool = True,
-    return_lse: bool = False,
+    q_BLHK: Tensor, k_BLHK: Tensor, v_BLHK: Tensor, out: Tensor | None = None, code_scale: Tensor | None = None,
+    pv: str = "half", smooth_k: bool = True, return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     """Exact: nothing is rounded."""
     shared = q_BLHK.shape[2] // k_BLHK.shape[2]
@@ -58,6 +59,30 @@ FORMULAS = {"attention_int8": attention_formula, "attention_fp8": attention_form
 @pytest.mark.parametrize("impl", ["triton", "torch"])
 def test_matches_the_formula(case: Case, impl: Any) -> None:
     check(case, impl, attention_formula)
+
+
+@formats
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+@pytest.mark.parametrize("coded", ["fp8_block", "fp8", "int8"])
+def test_results_may_be_codes(format: Format, coded: Any, impl: Any) -> None:
+    """Of heads with a scale each, of 128 channels, or with one for all, in a slice of a wider buffer."""
+    q, k, v = inputs(B=2, Q=17, S=90, H=2, K=128 if coded == "fp8_block" else 48)
+    numbers = attend(format, q, k, v, impl=impl)
+    out = torch.zeros(2, 17, 4, q.shape[-1], device=DEVICE).to(DTYPES[coded])
+    scale = torch.full((1,), float(numbers.abs().amax()) / 2 / LARGEST[coded], device=DEVICE)
+    if coded == "fp8_block":
+        scale = torch.full((2, 17, 4), -1.0, device=DEVICE)
+    heads = scale[..., 2:] if coded == "fp8_block" else scale
+    assert (
+        attend(format, q, k, v, out=out[:, :, 2:], code_scale=heads, impl=impl).data_ptr() == out[:, :, 2:].data_ptr()
+    )
+    assert not out[:, :, :2].float().any() and (coded != "fp8_block" or (scale[..., :2] == -1).all())
+    if coded == "fp8_block":
+        torch.testing.assert_close(heads * LARGEST[coded], numbers.abs().amax(-1).float(), rtol=8e-3, atol=0)
+    near = out[:, :, 2:].float() * (heads[..., None] if coded == "fp8_block" else heads)
+    limit = LARGEST[coded] * heads  # half of the largest number: codes saturate
+    want = numbers.float() if coded == "fp8_block" else numbers.float().clamp(-limit, limit)
+    assert rel_l2(near, want) < (0.01 if coded == "int8" else 0.03)
 
 
 # -- how exact --------------------------------------------------------------------

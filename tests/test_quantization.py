@@ -122,14 +122,17 @@ def test_norms_hand_on_codes(tiny: Callable[[str], Path]) -> None:
 @pytest.mark.parametrize(
     ("model", "after"),
     [
-        ("flux", {"ff.net.2", "ff_context.net.2", "proj_out"}),
-        ("flux2", {"ff.linear_out", "ff_context.linear_out", "attn.to_out"}),
-        ("qwen", {"img_mlp.net.2", "txt_mlp.net.2"}),
-        ("wan", {"ffn.net.2"}),
+        ("flux", {"ff.net.2", "ff_context.net.2", "proj_out", "attn.to_out.0", "attn.to_add_out"}),
+        ("flux2", {"ff.linear_out", "ff_context.linear_out", "attn.to_out", "attn.to_out.0", "attn.to_add_out"}),
+        ("qwen", {"img_mlp.net.2", "txt_mlp.net.2", "attn.to_out.0", "attn.to_add_out"}),
+        ("wan", {"ffn.net.2", "attn1.to_out.0", "attn2.to_out.0"}),
+        ("z_image", {"attention.to_out.0"}),
     ],
 )
-def test_activations_hand_on_codes(model: str, after: set[str], tiny: Callable[[str], Path], tmp_path: Path) -> None:
-    """Of scales of blocks, as a tile of a product holds whole ones. What is drawn does not tell."""
+def test_attention_and_activations_hand_on_codes(
+    model: str, after: set[str], tiny: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """Of scales of blocks, as a tile of a product, and a head, hold whole ones. What is drawn does not tell."""
     folder = tiny(model)
     if model == "flux2":  # what stands beside the MLP of a single block has to be whole blocks wide
         assert "attn.to_out" not in readers_of_codes(load(folder, quantization="fp8_block"), model)
@@ -141,6 +144,16 @@ def test_activations_hand_on_codes(model: str, after: set[str], tiny: Callable[[
     alone = drawn(engine, **SIZES[model])
     assert not after <= readers_of_codes(engine, model)
     assert torch.equal(drawn(load(folder, quantization="fp8_block"), **SIZES[model]), alone)
+
+
+def test_heads_that_are_blocks_hand_on_codes(tmp_path: Path) -> None:
+    """Of 128 channels, as those of the published models: then attention is asked for codes, and not for numbers."""
+    engine = load(build_flux(tmp_path / "wide", heads=1, head_dim=128), quantization="fp8_block")
+    assert {"attn.to_out.0", "attn.to_add_out", "proj_out"} <= readers_of_codes(engine, "flux")
+    got = drawn(engine, **SIZES["flux"])
+    for layer in layers_of(engine).values():
+        layer.__dict__["code_place"] = lambda shape, like: None
+    assert torch.equal(drawn(engine, **SIZES["flux"]), got)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -232,14 +245,14 @@ LAYOUTS: list[dict[str, Any]] = [{"ulysses_degree": 2}, {"ring_degree": 2}, {"tp
 
 def test_ranks_draw_the_same(tmp_path: Path) -> None:
     """Rows of activations have their own scales wherever they are; of shared inputs, every rank's part has its own."""
-    folder = str(build_flux(tmp_path / "flux", heads=2, head_dim=64, double=1, single=1))
-    asked = [
-        (folder, layout | {"quantization": s}, REQUEST | SIZES["flux"]) for s in ("int8", "int4") for layout in LAYOUTS
-    ]
-    for (_, options, _), got in zip(asked, run_ranks(2, draw_all, asked)[0], strict=True):
-        want = drawn(load(folder, quantization=options["quantization"]), **SIZES["flux"])
+    folder = str(build_flux(tmp_path / "flux", heads=2, head_dim=128, double=1, single=1))
+    options = [layout | {"quantization": s} for s in ("int8", "int4") for layout in LAYOUTS]
+    options.append({"ulysses_degree": 2, "quantization": "fp8_block"})  # heads come back as numbers, and become codes
+    asked = [(folder, each, REQUEST | SIZES["flux"]) for each in options]
+    for each, got in zip(options, run_ranks(2, draw_all, asked)[0], strict=True):
+        want = drawn(load(folder, quantization=each["quantization"]), **SIZES["flux"])
         error = (got[0] - want).abs().max() / want.std()
-        assert error < (0.2 if "tp_size" in options else 2e-2), options
+        assert error < (0.2 if "tp_size" in each else 2e-2), each
 
 
 def test_work_is_counted() -> None:

@@ -185,7 +185,7 @@ class ParallelAttention(nn.Module):
         q, k, v = qkv.unbind(2)
         stream = Stream(qkv, self.norm_q.weight, self.norm_k.weight)
         qk_norm_rope([stream], rotary.cos, rotary.sin, q, k, None, eps=EPS)
-        attend_at(seen, self.split, self.attention, q, k, v, rows)
+        attend_at(seen, self.split, self.attention, q, k, v, rows.streams, rows.replicated)
         return cast(Tensor, self.to_out(mixed))
 
 

@@ -42,6 +42,7 @@ from sgl_diffusion.models.layers import (
     Residual,
     RMSNormWeight,
     TimestepEmbedding,
+    attended,
     for_layers,
     read_by,
     rotary_table,
@@ -262,8 +263,7 @@ class SelfAttention(nn.Module):
         q, k, v = qkv_BL3HK.unbind(2)
         stream = Stream(qkv_BL3HK, self.norm_q.weight, self.norm_k.weight)
         qk_norm_rope([stream], rotary.cos, rotary.sin, q, k, None, eps=EPS)
-        seen = self.split.attend(self.attention, q, k, v, [tokens])
-        return cast(Tensor, self.to_out[0](seen.flatten(2)))
+        return cast(Tensor, self.to_out[0](attended([self.to_out[0]], self.split, self.attention, q, k, v, [tokens])))
 
 
 class CrossAttention(nn.Module):
@@ -293,6 +293,9 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BLD: Tensor | Codes, heads: Sequence[Heads]) -> Tensor:
         q = norm(self.to_q(x_BLD), kind="rms", weight_D=self.norm_q.weight, eps=EPS).unflatten(-1, self.head_shape)
+        if len(heads) == 1:
+            (keys, values), into = heads[0], [self.to_out[0]]
+            return cast(Tensor, into[0](attended(into, ONE_RANK, self.attention, q, keys, values, ())))
         text, *image = (self.attention(q, *kv) for kv in heads)
         for seen in image:
             text += seen

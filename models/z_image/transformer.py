@@ -30,6 +30,7 @@ from sgl_diffusion.models.layers import (
     RMSNormWeight,
     Rotary,
     Sequenced,
+    attended,
     for_layers,
     read_by,
     rotary_table,
@@ -178,8 +179,8 @@ class Attention(nn.Module):
         q, k, v = qkv_BL3HK.unbind(2)
         stream = Stream(qkv_BL3HK, self.norm_q.weight, self.norm_k.weight)
         qk_norm_rope([stream], rotary.cos, rotary.sin, q, k, None, eps=QK_EPS)
-        seen = self.split.attend(self.attention, q, k, v, tokens.streams)
-        return cast(Tensor, self.to_out["0"](seen.flatten(2)))
+        to_out = self.to_out["0"]
+        return cast(Tensor, to_out(attended([to_out], self.split, self.attention, q, k, v, tokens.streams)))
 
 
 class FeedForward(nn.Module):

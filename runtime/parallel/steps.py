@@ -64,6 +64,7 @@ class Recorder:
         *,
         replicated: int = 0,
         out: Tensor | None = None,
+        code_scale: Tensor | None = None,
     ) -> Tensor:
         B, _, H, K = q_BLHK.shape
         itemsize, travels = q_BLHK.element_size(), self.communication

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 
 from sgl_diffusion.kernels.collective import join_ranks, merge_attention, split_ranks
-from sgl_diffusion.kernels.quantize import quantize_rows
-from sgl_diffusion.models.family import AttentionFn
+from sgl_diffusion.kernels.quantize import quantize_heads, quantize_rows
+from sgl_diffusion.models.family import ONE_RANK, AttentionFn
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.parallel.group import Exchange, Group
 from sgl_diffusion.runtime.parallel.mesh import Mesh
@@ -90,10 +90,14 @@ class Usp:
         *,
         replicated: int = 0,
         out: Tensor | None = None,
+        code_scale: Tensor | None = None,
     ) -> Tensor:
         """As of `Split`. With a ring, `attention` is asked for log-sum-exps, see `Attention`."""
         if self.sp.size == 1:
-            return attention(q_BLHK, k_BLHK, v_BLHK, out=out)
+            return ONE_RANK.attend(attention, q_BLHK, k_BLHK, v_BLHK, streams, out=out, code_scale=code_scale)
+        if code_scale is not None and out is not None:  # numbers travel
+            seen = self.attend(attention, q_BLHK, k_BLHK, v_BLHK, streams, replicated=replicated)
+            return quantize_heads(seen, out, code_scale)
         out = q_BLHK.new_empty(q_BLHK.shape) if out is None else out
         cut = _cut(tuple(streams), replicated, self.sp.size, self.sp.rank)
         if self.ulysses.size == 1 and not replicated:
