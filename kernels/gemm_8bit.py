@@ -239,12 +239,10 @@ def eager_epilogue(
 ) -> object:  # fmt: skip
     """As diffusers runs it after a product, with copies that stand for their shares of `cat`."""
     if code_scale is not None:
-        codes = out if tail is None else tail
-        y[..., gelu_from:] = F.gelu(y[..., gelu_from:], approximate="tanh")
-        if tail is not None:
-            out.copy_(y[..., :gelu_from])
-        first = 0 if tail is None else gelu_from
-        return eager_quantize_rows(y[..., first:], code_format(codes, code_scale), code_scale, codes)
+        y = torch.cat([y[..., :gelu_from], F.gelu(y[..., gelu_from:], approximate="tanh")], dim=-1)
+        codes, coded = (out, y) if tail is None else (tail, y[..., gelu_from:])
+        eager_quantize_rows(coded, code_format(codes, code_scale), code_scale, codes)
+        return codes if tail is None else (out.copy_(y[..., :gelu_from]), codes)
     if tail is not None:
         tail.copy_(F.gelu(y[..., gelu_from:], approximate="tanh"))
         return out.copy_(y[..., :gelu_from]), tail

@@ -153,14 +153,14 @@ def eager_gemm_fp8(
 ) -> object:  # fmt: skip
     """As quantised checkpoints are run without kernels of their own: PyTorch's product, or widened weights."""
     if x_scale is not None and weight_scale.ndim == 1:
-        y = _library_product(x_MK, x_scale, weight_NK, weight_scale, None, out.dtype) + bias_N
+        y = _library_product(x_MK, x_scale, weight_NK, weight_scale, None, bias_N.dtype) + bias_N
     else:
         scale = weight_scale if weight_scale.ndim == 2 else weight_scale[:, None]
         if weight_scale.ndim == 2:
             x, weight = _numbers(x_MK, x_scale, weight_NK, weight_scale)
         else:
             x, weight = x_MK, weight_NK.to(scale.dtype) * scale
-        y = F.linear(x.to(out.dtype), weight.to(out.dtype), bias_N)
+        y = F.linear(x.to(bias_N.dtype), weight.to(bias_N.dtype), bias_N)
     return eager_epilogue(y, gelu_from, tail, gate, residual, out, code_scale)
 
 

@@ -116,7 +116,7 @@ def eager_gemm_int8(
 ) -> object:  # fmt: skip
     """As quantised checkpoints are run without kernels of their own."""
     row_scale = x_scale if x_scale.shape == (1,) else x_scale[..., None]
-    y = (_sums(x_MK, weight_NK) * row_scale * weight_scale).to(out.dtype) + bias_N
+    y = (_sums(x_MK, weight_NK) * row_scale * weight_scale).to(bias_N.dtype) + bias_N
     return eager_epilogue(y, gelu_from, tail, gate, residual, out, code_scale)
 
 
