@@ -31,12 +31,14 @@ from sgl_diffusion.kernels.quantize import (
     check_scale,
     constants,
     eager_quantize_rows,
+    known_codes,
     new_scales,
     quantize_blocks,
     quantize_rows_reference,
     require_fp8,
     row_scale,
     scale_stride,
+    some_scale,
     to_code,
 )
 
@@ -81,17 +83,23 @@ def _activation_kernel(
 @triton.jit
 def _quantized_activation_kernel(
     x_ptr, bias_ptr, y_ptr, scale_ptr, x_stride_m, y_stride_m, scale_stride_m, D,
-    KIND: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, KNOWN_SCALE: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """A row a program, too wide for registers: once for its largest value, and again, from L2, for its codes.
 
-    Blocks of columns with scales of their own are held whole, and need the one pass.
+    Blocks of columns with scales of their own are held whole, and need the one pass, as does a scale that is known.
     """
     row = tl.program_id(0).to(tl.int64)
     x_ptr += row * x_stride_m
     y_ptr += row * y_stride_m
     scale_ptr += row * scale_stride_m
-    if SCALE_BLOCK:
+    if KNOWN_SCALE:
+        for start in range(0, D, BLOCK_D):
+            d = start + tl.arange(0, BLOCK_D)
+            code = known_codes(_activated(x_ptr, bias_ptr, d, d < D, D, KIND), scale_ptr, LARGEST, INTEGER)
+            tl.store(y_ptr + d, code.to(y_ptr.dtype.element_ty), mask=d < D)
+    elif SCALE_BLOCK:
         for start in range(0, D, BLOCK_D):
             d = start + tl.arange(0, BLOCK_D)
             y = tl.where(d < D, _activated(x_ptr, bias_ptr, d, d < D, D, KIND), 0.0)
@@ -112,8 +120,8 @@ def _quantized_activation_kernel(
 
 
 def activation(
-    x: Tensor, kind: Kind, *, bias: Tensor | None = None, out: Tensor | None = None, scale: Tensor | None = None,
-    quantize: Format | None = None, impl: launch.Impl = "auto",
+    x: Tensor, kind: Kind, *, bias: Tensor | None = None, out: Tensor | None = None,
+    quantize: Format | None = None, code_scale: Tensor | None = None, impl: launch.Impl = "auto",
 ) -> Any:  # fmt: skip
     """Returns `out`, or a new contiguous tensor; quantised, codes and fp32 scales.
 
@@ -122,8 +130,9 @@ def activation(
         bias: added first; as wide as x, any float dtype.
         out: (..., D); may be a slice of a wider buffer, or x itself where that is not gated. In the dtype of x, or of
             the codes.
-        scale: fp32 (..., ceil(D / 128)), rows evenly apart: where those of "fp8_block" go, beside out.
         quantize: "fp8" or "fp8_block" (sm_89 and later), or "int8", as `quantize_rows` would after it.
+        code_scale: fp32 (1,), the one scale of "fp8" or "int8"; or (..., ceil(D / 128)), rows evenly apart, where those
+            of "fp8_block" go.
     Raises:
         ValueError: a shape, dtype, device, stride or name that does not fit.
     Source: `GELU` and `GEGLU` of diffusers; its transformers differ in which half of x a SwiGLU's SiLU takes.
@@ -145,13 +154,10 @@ def activation(
     launch.check_shape((*x.shape[:-1], D), out=out)
     launch.check_dtype(DTYPES[quantize] if quantize else x.dtype, out=out)
     launch.check_last_dim(x=x, out=out)
-    if scale is not None:
-        if quantize != "fp8_block":
-            raise ValueError("scale: expected none but beside quantize='fp8_block'")
-        check_scale(x, D, scale, blocked=True)
+    check_scale(x, D, code_scale, quantize)
     x_stride, out_stride = launch.row_stride("x", x), launch.row_stride("out", out)
     if not launch.runs_triton(impl, x):
-        return activation_reference(x, kind, bias=bias, out=out, scale=scale, quantize=quantize)
+        return activation_reference(x, kind, bias=bias, out=out, quantize=quantize, code_scale=code_scale)
     M = x.numel() // width
     tiles = launch.tile("activation", quantized=int(quantize is not None), blocked=int(quantize == "fp8_block"))
     with launch.on_device(x):
@@ -162,17 +168,17 @@ def activation(
             )
             return out
         require_fp8(quantize)
-        scale = new_scales(x, D, quantize) if scale is None else scale
+        scale = new_scales(x, D, quantize) if code_scale is None else code_scale
         _quantized_activation_kernel[(M,)](
             x, bias, out, scale, x_stride, out_stride, scale_stride(scale, quantize), D,
-            KIND=kind, **constants(quantize), enable_fp_fusion=True, **tiles,
+            KIND=kind, **constants(quantize, code_scale), enable_fp_fusion=True, **tiles,
         )  # fmt: skip
     return out, scale
 
 
 def activation_reference(
-    x: Tensor, kind: Kind, *, bias: Tensor | None = None, out: Tensor, scale: Tensor | None = None,
-    quantize: Format | None = None,
+    x: Tensor, kind: Kind, *, bias: Tensor | None = None, out: Tensor, quantize: Format | None = None,
+    code_scale: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """PyTorch's own functions, which compute in fp32 inside for half precision."""
     if bias is not None:
@@ -189,12 +195,11 @@ def activation_reference(
         y.mul_(b if kind == "swiglu" else a)
     if quantize is None:
         return y if y is out else out.copy_(y)
-    codes, scales = quantize_rows_reference(y, quantize)
-    return out.copy_(codes), scales if scale is None else scale.copy_(scales)
+    return quantize_rows_reference(y, quantize, scale=code_scale, out=out)
 
 
 def eager_activation(
-    x: Tensor, kind: Kind, bias: Tensor | None, out: Tensor, scale: Tensor | None, quantize: Format | None
+    x: Tensor, kind: Kind, bias: Tensor | None, out: Tensor, quantize: Format | None, code_scale: Tensor | None
 ) -> Any:
     """As diffusers runs it."""
     x = x if bias is None else x + bias
@@ -205,13 +210,13 @@ def eager_activation(
         y = F.silu(x) if kind == "silu" else F.silu(a) * b if kind == "swiglu" else a * F.gelu(b)
     if quantize is None:
         return out.copy_(y)
-    codes, scales = eager_quantize_rows(y, quantize)
-    return out.copy_(codes), scales if scale is None else scale.copy_(scales)
+    return eager_quantize_rows(y, quantize, code_scale, out)
 
 
 def _inputs(
     device: str, dtype: torch.dtype, B: int, L: int, D: int, kind: Kind,
-    biased: bool = False, in_place: bool = False, quantize: Format | None = None, placed: bool = False,
+    biased: bool = False, in_place: bool = False, quantize: Format | None = None, known: bool = False,
+    placed: bool = False,
 ) -> Inputs:  # fmt: skip
     width = 2 * D if kind in GATED else D
     # four standard deviations: both tails as well as the bend around zero
@@ -219,10 +224,13 @@ def _inputs(
     x = inside(poisoned((B, L, 2 * width), dtype, device), x_BLD, slice(width, 2 * width))
     codes = torch.zeros((B, L, 2 * D), dtype=DTYPES[quantize], device=device)[..., D:] if quantize else None
     blocks = -(-D // SCALE_BLOCK)
+    code_scale = some_scale(device, quantize, 4) if known else None
+    if placed:
+        code_scale = poisoned((B, L, 2 * blocks), torch.float32, device)[..., blocks:]
     return {
         "x": x,
         "kind": kind,
-        "scale": poisoned((B, L, 2 * blocks), torch.float32, device)[..., blocks:] if placed else None,
+        "code_scale": code_scale,
         "bias": noise((width,), dtype, device, 1) if biased else None,
         "out": x if in_place else poisoned((B, L, 2 * D), dtype, device)[..., D:] if codes is None else codes,
         "quantize": quantize,
@@ -253,6 +261,8 @@ OP = Op(
         {"B": 1, "L": 3, "D": 33, "kind": "swiglu", "quantize": "fp8"},
         {"B": 1, "L": 2, "D": 300, "kind": "swiglu", "quantize": "fp8_block"},
         {"B": 2, "L": 2, "D": 300, "kind": "swiglu", "quantize": "fp8_block", "placed": True},
+        {"B": 1, "L": 3, "D": 33, "kind": "swiglu", "quantize": "fp8", "known": True},
+        {"B": 2, "L": 2, "D": 40, "kind": "gelu_tanh", "quantize": "int8", "known": True},
     ),
     production=(
         {"B": 1, "L": 4096, "D": 12288, "kind": "gelu_tanh"},
@@ -260,6 +270,7 @@ OP = Op(
         {"B": 1, "L": 4224, "D": 10240, "kind": "swiglu"},
         {"B": 1, "L": 4096, "D": 12288, "kind": "gelu_tanh", "quantize": "fp8"},
         {"B": 1, "L": 4224, "D": 10240, "kind": "swiglu", "quantize": "int8"},
+        {"B": 1, "L": 4224, "D": 10240, "kind": "swiglu", "quantize": "fp8", "known": True},
         {"B": 1, "L": 4096, "D": 12288, "kind": "gelu_tanh", "quantize": "fp8_block"},
     ),
     cpu=(

@@ -21,7 +21,7 @@ from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.attention_forms import pointer_kernel, tma_kernel, two_tiles_kernel, ws_kernel
 from sgl_diffusion.kernels.attention_reference import Visible, attention_reference, eager_attention
 from sgl_diffusion.kernels.op import Inputs, Op, inside, noise, poisoned
-from sgl_diffusion.kernels.quantize import DTYPES, LARGEST, SCALE_BLOCK, Format, code_format, require_fp8
+from sgl_diffusion.kernels.quantize import DTYPES, SCALE_BLOCK, Format, code_format, require_fp8, some_scale
 
 # B batch  Q query tokens  S key tokens  H heads  G heads of k and v  K head dim
 # of the Triton kernels: a tensor core's depth, and what registers hold
@@ -313,7 +313,7 @@ def result_places(
         wide, code_scale = poisoned((B, Q, 5 * H * K), dtype, device), None
     else:
         wide = torch.zeros((B, Q, 5 * H * K), dtype=DTYPES[coded], device=device)
-        code_scale = torch.full((1,), 1 / LARGEST[coded], device=device)
+        code_scale = some_scale(device, coded, 1)
         if coded == "fp8_block":
             code_scale = poisoned((B, Q, 2 * H), torch.float32, device)[..., H:]
     return {"out": wide[..., : H * K].unflatten(-1, (H, K)), "code_scale": code_scale}

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_diffusion.kernels.quantize import row_scale, to_code
+from sgl_diffusion.kernels.quantize import known_codes, row_scale, to_code
 
 # of the kernels: b batch  h head  first row of the query tile
 # r rows of a tile  s keys of a tile  d channels of a head
@@ -61,8 +61,7 @@ def finish(
             tl.store(rows + r * code_stride_l, scale, mask=first + r < Q)
             acc = to_code(acc, scale[:, None], INTEGER)
         else:
-            acc = to_code(acc, tl.load(code_scale_ptr), INTEGER)
-            acc = tl.clamp(acc, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+            acc = known_codes(acc, code_scale_ptr, LARGEST, INTEGER)
     out = out_ptr + b * out_stride_b + first.to(tl.int64) * out_stride_l + h * out_stride_h
     tl.store(
         out + r[:, None] * out_stride_l + d[None, :], acc.to(out_ptr.dtype.element_ty),

@@ -32,6 +32,7 @@ from sgl_diffusion.kernels.quantize import (
     code_format,
     eager_quantize_rows,
     quantize_rows_reference,
+    some_scale,
 )
 
 # M rows  N output columns  K input columns
@@ -123,7 +124,7 @@ def _check_coded(
     launch.check_shape((*x_MK.shape[:-1], N - first), **{name: codes})
     launch.check_last_dim(**{name: codes})
     launch.row_stride(name, codes)
-    check_scale(x_MK, N - first, code_scale, blocked=code_format(codes, code_scale) == "fp8_block")
+    check_scale(x_MK, N - first, code_scale, code_format(codes, code_scale))
 
 
 def launch_form(
@@ -196,7 +197,8 @@ def _launch_tma(
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     gemm_8bit_tma_kernel[(min(tiles, processors(x_MK.device)),)](
         descriptor(x_MK, block_k), x_scale, descriptor(weight_NK, block_k, block_n), weight_scale, bias_N, gate,
-        *(descriptor(t, block_n // 2 if code_scale is None else block_n) for t in (residual, out, tail)), code_scale,
+        *(descriptor(t, block_n if constants["CODE_BLOCK"] else block_n // 2) for t in (residual, out, tail)),
+        code_scale,
         _scale_stride(x_scale), row_stride(gate), row_stride(code_scale),
         M, N, K, gelu_from or 0, M // (1 if gate is None else len(gate)),
         enable_fp_fusion=True, **constants, **tile,
@@ -275,7 +277,7 @@ def epilogue_inputs(
         places["tail" if tail else "out"] = torch.empty(
             (B, L, N + columns + 16), dtype=DTYPES[coded], device=device
         )[..., 16 : 16 + columns]
-        places["code_scale"] = torch.full((1,), 1 / LARGEST[coded], device=device)
+        places["code_scale"] = some_scale(device, coded, 1)
         if coded == "fp8_block":
             places["code_scale"] = poisoned((B, L, 2 * blocks), torch.float32, device)[..., blocks:]
     return {

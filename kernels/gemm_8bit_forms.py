@@ -13,7 +13,7 @@ import triton.language as tl
 
 from sgl_diffusion.kernels.gemm_forms import finish, finish_tma, tile_at, with_bias_and_gelu
 from sgl_diffusion.kernels.microscaling import E4M3_BIAS, e4m3_over_bias
-from sgl_diffusion.kernels.quantize import row_scale, to_code
+from sgl_diffusion.kernels.quantize import known_codes, row_scale, to_code
 
 # M rows  N output columns  K input columns
 
@@ -70,8 +70,7 @@ def _coded(
         tl.store(rows + column // CODE_BLOCK, scale, mask=m < tl.where(column >= 0, M, 0))
         return to_code(y, scale[:, None], INTEGER)
     else:
-        codes = to_code(y, tl.load(scale_ptr), INTEGER)
-        return tl.clamp(codes, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+        return known_codes(y, scale_ptr, LARGEST, INTEGER)
 
 
 @triton.jit
@@ -186,7 +185,7 @@ def gemm_8bit_tma_kernel(
             if SCALE_BLOCK:
                 scale = _block_scale(x_scale_ptr, weight_scale_ptr, m % M, first_n, first_k, K, SCALE_BLOCK)
             acc = _add_product(acc, x.load([first_m, first_k]), weight.load([first_n, first_k]).T, scale, PROMOTE, None)
-        if code_scale_ptr is not None:
+        if CODE_BLOCK:  # a tile is a block of codes
             if not SCALE_BLOCK:
                 n = first_n + tl.arange(0, BLOCK_N)
                 acc = _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
@@ -196,17 +195,19 @@ def gemm_8bit_tma_kernel(
             )
         else:
             # in halves: a whole tile's epilogue holds accumulator and result in registers at once
-            left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF_N)), (0, 2, 1)))
-            n = first_n + tl.arange(0, HALF_N)
-            if not SCALE_BLOCK:
-                left = _scaled(left, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
-            finish_tma(
-                left, first_m, first_n, bias_ptr, gate_ptr, residual, out, tail, M, N, gelu_from, gate_stride_g,
-                rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
-            )
-            if not SCALE_BLOCK:
-                right = _scaled(right, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n + HALF_N, M, N)
-            finish_tma(
-                right, first_m, first_n + HALF_N, bias_ptr, gate_ptr, residual, out, tail, M, N, gelu_from,
-                gate_stride_g, rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
-            )
+            halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF_N)), (0, 2, 1)))
+            for half in tl.static_range(2):
+                y, start = halves[half], first_n + half * HALF_N
+                if not SCALE_BLOCK:
+                    n = start + tl.arange(0, HALF_N)
+                    y = _scaled(y, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
+                if code_scale_ptr is not None:
+                    _finish_coded_tma(
+                        y, m, first_m, start, bias_ptr, out, tail, code_scale_ptr, code_scale_stride, M, N, gelu_from,
+                        GELU, CODE_BLOCK, LARGEST, INTEGER,
+                    )
+                else:
+                    finish_tma(
+                        y, first_m, start, bias_ptr, gate_ptr, residual, out, tail, M, N, gelu_from, gate_stride_g,
+                        rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
+                    )

@@ -25,12 +25,14 @@ from sgl_diffusion.kernels.quantize import (
     DTYPES,
     Format,
     check_format,
+    check_scale,
     constants,
     eager_quantize_rows,
     new_scales,
     quantize_row,
     quantize_rows_reference,
     require_fp8,
+    some_scale,
 )
 
 # B batch  L tokens  R = B * L rows  D width  G groups of rows
@@ -61,8 +63,8 @@ def _norm_kernel(
     gate_ptr, gate_stride, sandwich_ptr, weight_ptr, bias_ptr, scale_ptr, scale_stride, shift_ptr, shift_stride,
     group_ptr, rows_per_group, y_ptr, row_scale_ptr,
     L, D, eps,
-    KIND: tl.constexpr, TANH_GATE: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
-    SCALE_BLOCK: tl.constexpr, SATURATE: tl.constexpr, BLOCK_D: tl.constexpr,
+    KIND: tl.constexpr, TANH_GATE: tl.constexpr, KNOWN_SCALE: tl.constexpr, LARGEST: tl.constexpr,
+    INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr, SATURATE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):
     """A row a program. Pointers of what is not asked for are None."""
     l = tl.program_id(0).to(tl.int64)
@@ -102,7 +104,7 @@ def _norm_kernel(
         if shift_ptr is not None:
             y += tl.load(shift_ptr + group * shift_stride + d, mask=live, other=0.0).to(tl.float32)
         if row_scale_ptr is not None:
-            y = quantize_row(y, row_scale_ptr, row, D, LARGEST, INTEGER, SCALE_BLOCK)
+            y = quantize_row(y, row_scale_ptr, row, D, KNOWN_SCALE, LARGEST, INTEGER, SCALE_BLOCK)
         tl.store(y_ptr + row * D + d, y.to(y_ptr.dtype.element_ty), mask=live)
 
 
@@ -112,7 +114,7 @@ def _norm_kernel(
 def norm(
     x: Tensor, *, kind: Kind, weight_D: Tensor | None = None, bias_D: Tensor | None = None,
     scale: Tensor | None = None, shift: Tensor | None = None, group: Tensor | None = None,
-    eps: float = 1e-6, quantize: Format | None = None, impl: launch.Impl = "auto",
+    eps: float = 1e-6, quantize: Format | None = None, code_scale: Tensor | None = None, impl: launch.Impl = "auto",
 ) -> Any:  # fmt: skip
     """LayerNorm or RMSNorm, modulated: a new contiguous tensor in the dtype of x, or (codes, fp32 scales).
 
@@ -121,33 +123,35 @@ def norm(
         weight_D, bias_D, scale, shift: any float dtype. scale and shift may be chunks of a wide projection.
         group: int32 (R,), the group of every row; without it rows are divided evenly.
         quantize: "fp8" or "fp8_block" (sm_89 and later), or "int8", as `quantize_rows` would after it.
+        code_scale: fp32 (1,), the one scale of "fp8" or "int8".
     Raises:
         ValueError: a shape, dtype, device, stride or name that does not fit.
     Source: `AdaLayerNormZero`, `FP32LayerNorm` and `RMSNorm` of diffusers.
     """
     vectors = {"scale": scale, "shift": shift}
-    check(x, kind, vectors, {"weight_D": weight_D, "bias_D": bias_D}, group, quantize)
+    check(x, kind, vectors, {"weight_D": weight_D, "bias_D": bias_D}, group, quantize, code_scale)
     if not launch.runs_triton(impl, x):
         return norm_reference(
             x, kind=kind, weight_D=weight_D, bias_D=bias_D, scale=scale, shift=shift, group=group, eps=eps,
-            quantize=quantize,
+            quantize=quantize, code_scale=code_scale,
         )  # fmt: skip
     return launch_norm(
-        "norm", x, None, None, {"weight": weight_D, "bias": bias_D}, vectors, group, eps, kind=kind, quantize=quantize
-    )
+        "norm", x, None, None, {"weight": weight_D, "bias": bias_D}, vectors, group, eps, kind=kind, quantize=quantize,
+        code_scale=code_scale,
+    )  # fmt: skip
 
 
 def launch_norm(
     op: str, x: Tensor, branch: Tensor | None, total: Tensor | None, weights: dict[str, Tensor | None],
     vectors: dict[str, Tensor | None], group: Tensor | None, eps: float,
-    *, kind: str = "", tanh_gate: bool = False, quantize: Format | None = None,
+    *, kind: str = "", tanh_gate: bool = False, quantize: Format | None = None, code_scale: Tensor | None = None,
 ) -> Any:  # fmt: skip
     require_fp8(quantize)
     (B, L), D = (1, len(x)) if x.ndim == 2 else x.shape[:2], x.shape[-1]
-    y = row_scale = None
+    y, row_scale = None, code_scale
     if kind:
         y = torch.empty(x.shape, dtype=DTYPES[quantize] if quantize else x.dtype, device=x.device)
-    if quantize:
+    if quantize and code_scale is None:
         row_scale = new_scales(x, x.shape[-1], quantize)
     gate, scale, shift = (vectors.get(name) for name in ("gate", "scale", "shift"))
     groups = groups_of({name: v for name, v in vectors.items() if v is not None})
@@ -159,7 +163,7 @@ def launch_norm(
             gate, _row_stride(gate), *(weights.get(name) for name in ("sandwich", "weight", "bias")),
             scale, _row_stride(scale), shift, _row_stride(shift), group, rows_per_group, y, row_scale,
             L, D, eps,
-            KIND=kind, TANH_GATE=tanh_gate, **constants(quantize),
+            KIND=kind, TANH_GATE=tanh_gate, **constants(quantize, code_scale),
             SATURATE=x.dtype == torch.float16, BLOCK_D=triton.next_power_of_2(D), enable_fp_fusion=True,
             **launch.tile(op, width=D),
         )  # fmt: skip
@@ -182,7 +186,7 @@ def _row_stride(vectors_GD: Tensor | None) -> int:
 
 def check(
     x: Tensor, kind: str, vectors: dict[str, Tensor | None], weights: dict[str, Tensor | None],
-    group: Tensor | None, quantize: str | None,
+    group: Tensor | None, quantize: Format | None, code_scale: Tensor | None = None,
 ) -> None:  # fmt: skip
     if kind not in ("layer", "rms"):
         raise ValueError(f"kind={kind!r}: expected layer or rms")
@@ -191,6 +195,9 @@ def check(
     if x.ndim not in (2, 3):
         raise ValueError(f"x: shape {tuple(x.shape)}, expected (R, D) or (B, L, D)")
     R, D = x[..., 0].numel(), x.shape[-1]
+    if code_scale is not None and quantize == "fp8_block":
+        raise ValueError("code_scale: expected none beside quantize='fp8_block', whose blocks have their own")
+    check_scale(x, D, code_scale, quantize)
     given = {name: w for name, w in weights.items() if w is not None}
     launch.check_float(x, **given)
     launch.check_shape((D,), **given)
@@ -217,7 +224,7 @@ def check(
 def norm_reference(
     x: Tensor, *, kind: Kind, weight_D: Tensor | None = None, bias_D: Tensor | None = None,
     scale: Tensor | None = None, shift: Tensor | None = None, group: Tensor | None = None,
-    eps: float = 1e-6, quantize: Format | None = None,
+    eps: float = 1e-6, quantize: Format | None = None, code_scale: Tensor | None = None,
 ) -> Any:  # fmt: skip
     """Run by run of rows that share their vectors, whose affine norm is one pass in PyTorch."""
     rows, parts = rows_of(x), []
@@ -232,7 +239,7 @@ def norm_reference(
             bias = launch.widen(shift[g]) if bias is None else bias + launch.widen(shift[g])
         parts.append(_affine_norm(rows[run], kind, weight, bias, eps))
     y = (parts[0] if len(parts) == 1 else torch.cat(parts)).view(x.shape)
-    return quantize_rows_reference(y, quantize) if quantize else y.to(x.dtype)
+    return quantize_rows_reference(y, quantize, scale=code_scale) if quantize else y.to(x.dtype)
 
 
 def _affine_norm(x_RD: Tensor, kind: Kind, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
@@ -282,7 +289,7 @@ def runs(R: int, group: Tensor | None, *vectors_GD: Tensor | None) -> Iterator[t
 
 def eager_norm(
     x: Tensor, kind: Kind, weight_D: Tensor | None, bias_D: Tensor | None, scale: Tensor | None, shift: Tensor | None,
-    group: Tensor | None, quantize: Format | None,
+    group: Tensor | None, quantize: Format | None, code_scale: Tensor | None,
 ) -> Any:  # fmt: skip
     """As diffusers runs it."""
     if kind == "layer":
@@ -295,7 +302,7 @@ def eager_norm(
         y = y * (1 + eager_vectors(scale, x, group))
     if shift is not None:
         y = y + eager_vectors(shift, x, group)
-    return eager_quantize_rows(y, quantize) if quantize else y.to(x.dtype)
+    return eager_quantize_rows(y, quantize, code_scale) if quantize else y.to(x.dtype)
 
 
 def eager_vectors(vectors_GD: Tensor, x: Tensor, group: Tensor | None) -> Tensor:
@@ -333,7 +340,7 @@ def strided(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int) 
 
 def _inputs(
     device: str, dtype: torch.dtype, B: int, L: int, D: int, kind: Kind, groups: str = "none",
-    affine: bool = False, shifted: bool = True, quantize: Format | None = None, wide: bool = False,
+    affine: bool = False, shifted: bool = True, quantize: Format | None = None, known: bool = False, wide: bool = False,
 ) -> Inputs:  # fmt: skip
     names = ("scale", "shift") if shifted else ("scale",)
     return {
@@ -343,6 +350,7 @@ def _inputs(
         "bias_D": noise((D,), dtype, device, 12) if affine and shifted else None,
         **{"shift": None, **modulated_inputs(device, dtype, B, L, D, groups, names, wide)},
         "quantize": quantize,
+        "code_scale": some_scale(device, quantize) if known else None,
     }
 
 
@@ -368,6 +376,8 @@ OP = Op(
         {"B": 2, "L": 2, "D": 48, "kind": "layer", "groups": "sample", "quantize": "int8"},
         {"B": 1, "L": 3, "D": 48, "kind": "rms", "groups": "sample", "quantize": "fp8"},
         {"B": 1, "L": 2, "D": 200, "kind": "layer", "groups": "sample", "quantize": "fp8_block"},
+        {"B": 1, "L": 3, "D": 48, "kind": "rms", "groups": "sample", "quantize": "fp8", "known": True},
+        {"B": 2, "L": 2, "D": 48, "kind": "layer", "groups": "sample", "quantize": "int8", "known": True},
     ),
     production=(
         {"B": 1, "L": 512, "D": 1024, "kind": "layer", "groups": "sample"},
@@ -376,6 +386,7 @@ OP = Op(
         {"B": 1, "L": 32760, "D": 5120, "kind": "layer", "affine": True},
         {"B": 1, "L": 4224, "D": 3840, "kind": "rms", "groups": "sample", "affine": True, "shifted": False},
         {"B": 1, "L": 4608, "D": 3072, "kind": "layer", "groups": "sample", "quantize": "fp8"},
+        {"B": 1, "L": 4608, "D": 3072, "kind": "layer", "groups": "sample", "quantize": "fp8", "known": True},
         {"B": 1, "L": 32760, "D": 5120, "kind": "layer", "groups": "selected", "quantize": "int8"},
         {"B": 1, "L": 4608, "D": 3072, "kind": "layer", "groups": "sample", "quantize": "fp8_block"},
     ),

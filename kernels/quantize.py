@@ -43,6 +43,13 @@ def to_code(y, scale, INTEGER: tl.constexpr):
 
 
 @triton.jit
+def known_codes(y, scale_ptr, LARGEST: tl.constexpr, INTEGER: tl.constexpr):
+    """Codes of the one scale that is there, to which they saturate."""
+    codes = to_code(y, tl.load(scale_ptr), INTEGER)
+    return tl.clamp(codes, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def quantize_blocks(y, scale_ptr, columns, LARGEST: tl.constexpr, SCALE_BLOCK: tl.constexpr):
     """Codes of neighbouring columns that a program holds: y in fp32, zeros from `columns` on. Stores their scales."""
     WIDTH: tl.constexpr = min(y.shape[0], SCALE_BLOCK)
@@ -54,9 +61,15 @@ def quantize_blocks(y, scale_ptr, columns, LARGEST: tl.constexpr, SCALE_BLOCK: t
 
 
 @triton.jit
-def quantize_row(y, scale_ptr, row, D, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr):
-    """Codes of a row that a program holds: y in fp32, zeros where it has no element. Stores its scale or scales."""
-    if SCALE_BLOCK:
+def quantize_row(
+    y, scale_ptr, row, D,
+    KNOWN_SCALE: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr,
+):
+    """Codes of a row that a program holds: y in fp32, zeros where it has no element. Stores its scale or scales, unless
+    that of all rows is known."""
+    if KNOWN_SCALE:
+        return known_codes(y, scale_ptr, LARGEST, INTEGER)
+    elif SCALE_BLOCK:
         return quantize_blocks(y, scale_ptr + row * tl.cdiv(D, SCALE_BLOCK), D, LARGEST, SCALE_BLOCK)
     else:
         scale = row_scale(tl.max(tl.abs(y), axis=0), LARGEST)
@@ -67,17 +80,13 @@ def quantize_row(y, scale_ptr, row, D, LARGEST: tl.constexpr, INTEGER: tl.conste
 @triton.jit
 def _quantize_kernel(
     x_ptr, q_ptr, scale_ptr, x_stride, q_stride, scale_stride, D,
-    FIXED_SCALE: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr,
+    KNOWN_SCALE: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + row * x_stride + d, mask=d < D, other=0.0).to(tl.float32)
-    if FIXED_SCALE:
-        codes = to_code(x, tl.load(scale_ptr), INTEGER)
-        codes = tl.clamp(codes, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)
-    else:
-        codes = quantize_row(x, scale_ptr + row * scale_stride, 0, D, LARGEST, INTEGER, SCALE_BLOCK)
+    codes = quantize_row(x, scale_ptr + row * scale_stride, 0, D, KNOWN_SCALE, LARGEST, INTEGER, SCALE_BLOCK)
     tl.store(q_ptr + row * q_stride + d, codes.to(q_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -102,8 +111,7 @@ def quantize_rows(
     D = x.shape[-1]
     if format == "fp8_block" and (scale is None) != (out is None):
         raise ValueError("scale, out: expected both of format='fp8_block', or none")
-    if scale is not None:
-        check_scale(x, D, scale, blocked=format == "fp8_block")
+    check_scale(x, D, scale, format)
     if out is not None:
         launch.check_device(x, out=out)
         launch.check_dtype(DTYPES[format], out=out)
@@ -114,11 +122,10 @@ def quantize_rows(
     require_fp8(format)
     q = torch.empty(x.shape, dtype=DTYPES[format], device=x.device) if out is None else out
     scales = new_scales(x, D, format) if scale is None else scale
-    fixed = scale is not None and format != "fp8_block"
-    strides = (launch.row_stride("x", x), launch.row_stride("out", q), 0 if fixed else scale_stride(scales, format))
+    strides = (launch.row_stride("x", x), launch.row_stride("out", q), scale_stride(scales, format))
     with launch.on_device(x):
         _quantize_kernel[(x.numel() // D,)](
-            x, q, scales, *strides, D, FIXED_SCALE=fixed, **constants(format),
+            x, q, scales, *strides, D, **constants(format, scale),
             BLOCK_D=triton.next_power_of_2(D), enable_fp_fusion=True, **launch.tile("quantize_rows", width=D),
         )  # fmt: skip
     return q, scales
@@ -138,19 +145,23 @@ def quantize_heads(x_BLHK: Tensor, out_BLHK: Tensor, scale: Tensor) -> Tensor:
 
 
 def scale_stride(scales: Tensor, format: Format) -> int:
-    """From a row's scales to the next row's."""
-    return launch.row_stride("scale", scales) if format == "fp8_block" else 1
+    """From a row's scales to the next row's; (1,) is of all rows, or of the one there is."""
+    return launch.row_stride("scale", scales) if format == "fp8_block" else int(scales.shape != (1,))
 
 
-def check_scale(x: Tensor, D: int, scale: Tensor, *, blocked: bool) -> None:
-    """Of rows of D codes, as many as x has rows: the one that is given, or where those of blocks go.
+def check_scale(x: Tensor, D: int, scale: Tensor | None, format: Format | None) -> None:
+    """Of rows of D codes, as many as x has rows, if there is one: the one that is given, or where those of blocks go.
 
     Raises:
-        ValueError: a shape, dtype, device or stride that does not fit.
+        ValueError: a shape, dtype, device or stride that does not fit; a scale of no codes.
     """
+    if scale is None:
+        return
+    if format is None:
+        raise ValueError("code_scale: expected none without codes")
     launch.check_device(x, scale=scale)
     launch.check_dtype(torch.float32, scale=scale)
-    launch.check_shape((*x.shape[:-1], -(-D // SCALE_BLOCK)) if blocked else (1,), scale=scale)
+    launch.check_shape((*x.shape[:-1], -(-D // SCALE_BLOCK)) if format == "fp8_block" else (1,), scale=scale)
     launch.check_last_dim(scale=scale)
 
 
@@ -161,9 +172,12 @@ def code_format(codes: Tensor, scale: Tensor) -> Format:
     return "fp8_block" if scale.ndim > 1 else "fp8"
 
 
-def constants(format: Format | None) -> dict[str, Any]:
-    """Constexprs of a kernel that quantises with `quantize_row`, if a format is asked for."""
+def constants(format: Format | None, given: Tensor | None = None) -> dict[str, Any]:
+    """Constexprs of a kernel that quantises with `quantize_row`, if a format is asked for; a scale that is given is
+    known, but for those of blocks, whose place it is.
+    """
     return {
+        "KNOWN_SCALE": given is not None and format != "fp8_block",
         "LARGEST": LARGEST[format] if format else 0.0,
         "INTEGER": format == "int8",
         "SCALE_BLOCK": SCALE_BLOCK if format == "fp8_block" else 0,
@@ -225,6 +239,11 @@ def eager_quantize_rows(
     return codes if out is None else out.copy_(codes), scale.squeeze(-1) if fixed is None else fixed
 
 
+def some_scale(device: str, format: Format | None, largest: float = 2.0) -> Tensor:
+    """Known, of numbers up to so large a one: what is beyond saturates."""
+    return torch.full((1,), largest / LARGEST[format or "fp8"], device=device)
+
+
 def _inputs(
     device: str, dtype: torch.dtype, R: int, D: int, format: Format,
     zeros: bool = False, fixed: bool = False, placed: bool = False,
@@ -233,7 +252,7 @@ def _inputs(
     if zeros:
         x_RD[0] = 0
     # two standard deviations: a part of the codes saturates
-    scale = torch.full((1,), 6 / LARGEST[format], device=device) if fixed else None
+    scale = some_scale(device, format, 6) if fixed else None
     if placed and not fixed:
         scale = poisoned((R, 2 * -(-D // SCALE_BLOCK)), torch.float32, device)[:, -(-D // SCALE_BLOCK) :]
     return {

@@ -30,7 +30,7 @@ from sgl_diffusion.kernels.norm import (
     strided,
 )  # fmt: skip
 from sgl_diffusion.kernels.op import Inputs, Op, noise
-from sgl_diffusion.kernels.quantize import Format
+from sgl_diffusion.kernels.quantize import Format, some_scale
 
 # B batch  L tokens  R = B * L rows  D width  G groups of rows, as of `norm`
 FP16_MAX = 65504.0
@@ -41,7 +41,7 @@ def residual_norm(
     weight_D: Tensor | None = None, bias_D: Tensor | None = None, scale: Tensor | None = None,
     shift: Tensor | None = None, group: Tensor | None = None, tanh_gate: bool = False,
     sandwich_weight_D: Tensor | None = None, eps: float = 1e-6, quantize: Format | None = None,
-    impl: launch.Impl = "auto",
+    code_scale: Tensor | None = None, impl: launch.Impl = "auto",
 ) -> Any:  # fmt: skip
     """Adds a branch to x in place, rounds, and norms the sum; arguments and result as of `norm`.
 
@@ -55,17 +55,19 @@ def residual_norm(
     """
     vectors = {"gate": gate, "scale": scale, "shift": shift}
     weights = {"weight_D": weight_D, "bias_D": bias_D, "sandwich_weight_D": sandwich_weight_D}
-    check(x, kind, vectors, weights, group, quantize)
+    check(x, kind, vectors, weights, group, quantize, code_scale)
     _check_like(x, branch=branch)
     if not launch.runs_triton(impl, x):
         return residual_norm_reference(
             x, branch, gate, kind=kind, weight_D=weight_D, bias_D=bias_D, scale=scale, shift=shift, group=group,
             tanh_gate=tanh_gate, sandwich_weight_D=sandwich_weight_D, eps=eps, quantize=quantize,
+            code_scale=code_scale,
         )  # fmt: skip
     weights = {"weight": weight_D, "bias": bias_D, "sandwich": sandwich_weight_D}
     return launch_norm(
-        "residual_norm", x, branch, x, weights, vectors, group, eps, kind=kind, tanh_gate=tanh_gate, quantize=quantize
-    )
+        "residual_norm", x, branch, x, weights, vectors, group, eps, kind=kind, tanh_gate=tanh_gate, quantize=quantize,
+        code_scale=code_scale,
+    )  # fmt: skip
 
 
 def gate_residual(
@@ -177,7 +179,7 @@ def _branch_inputs(
 
 def _residual_norm_inputs(
     device: str, dtype: torch.dtype, B: int, L: int, D: int, kind: Kind, groups: str = "none", affine: bool = False,
-    tanh_gate: bool = False, sandwich: bool = False, quantize: Format | None = None,
+    tanh_gate: bool = False, sandwich: bool = False, quantize: Format | None = None, known: bool = False,
 ) -> Inputs:  # fmt: skip
     names = ("gate", "scale", "shift")
     return {
@@ -186,6 +188,7 @@ def _residual_norm_inputs(
         "weight_D": noise((D,), dtype, device, 23) if affine else None,
         "bias_D": noise((D,), dtype, device, 24) if affine and kind == "layer" else None,
         "quantize": quantize,
+        "code_scale": some_scale(device, quantize) if known else None,
     }
 
 
@@ -218,6 +221,7 @@ RESIDUAL_NORM = Op(
         {"B": 1, "L": 3, "D": 40, "kind": "layer", "affine": True},
         {"B": 1, "L": 3, "D": 48, "kind": "layer", "groups": "sample", "quantize": "int8"},
         {"B": 1, "L": 2, "D": 136, "kind": "rms", "groups": "sample", "quantize": "fp8_block"},
+        {"B": 1, "L": 3, "D": 48, "kind": "layer", "groups": "sample", "quantize": "fp8", "known": True},
     ),
     production=(
         {"B": 1, "L": 512, "D": 1024, "kind": "layer", "groups": "sample"},
@@ -227,6 +231,7 @@ RESIDUAL_NORM = Op(
         {"B": 1, "L": 32760, "D": 5120, "kind": "layer", "affine": True},
         {"B": 1, "L": 4224, "D": 3840, "kind": "rms", "groups": "sample", "tanh_gate": True, "sandwich": True},
         {"B": 1, "L": 4608, "D": 3072, "kind": "layer", "groups": "sample", "quantize": "fp8"},
+        {"B": 1, "L": 4608, "D": 3072, "kind": "layer", "groups": "sample", "quantize": "fp8", "known": True},
     ),
     cpu=(
         {"B": 1, "L": 1024, "D": 768, "kind": "layer", "groups": "sample"},

@@ -25,9 +25,7 @@ from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, ou
 # P = K / 2 rotary pairs  G groups of rows with one modulation
 # M timesteps x batch  V modulation vectors
 VECTORS_OF_A_SLICE = 12  # of modulation: as many weights as a small block has
-# formats of codes that `swiglu_at` and `attend_at` leave in a place
-SWIGLU_WRITES: tuple[Format, ...] = ("fp8_block",)
-ATTENTION_WRITES: tuple[Format, ...] = ("fp8_block", "fp8", "int8")
+ALL_FORMATS: tuple[Format, ...] = ("fp8_block", "fp8", "int8")  # `swiglu_at` and `attend_at` leave codes of any
 
 
 class Linear(nn.Linear):
@@ -62,12 +60,17 @@ class Codes:
         return self.values.shape
 
     def __getitem__(self, rows: slice | tuple[slice, ...]) -> Codes:
-        return Codes(self.values[rows], self.scale[rows], self.dtype)
+        return Codes(self.values[rows], self.scale if self.is_known else self.scale[rows], self.dtype)
 
     def view(self, batch: int, tokens: int, width: int) -> Codes:
         """Of rows (R, D), those of each sample."""
-        scale = self.scale.view(batch, tokens, *self.scale.shape[1:])
+        scale = self.scale if self.is_known else self.scale.view(batch, tokens, *self.scale.shape[1:])
         return Codes(self.values.view(batch, tokens, width), scale, self.dtype)
+
+    @property
+    def is_known(self) -> bool:
+        """Whether all have one scale, or there is but one row, for which that is the same."""
+        return self.scale.shape == (1,)
 
     def new_empty(self, *shape: int) -> Tensor:
         return self.values.new_empty(*shape, dtype=self.dtype)
@@ -85,9 +88,26 @@ class Codes:
 
 
 def read_by(*layers: nn.Module) -> Format | None:
-    """The 8-bit format in which all these layers read their input; None if one of them takes it as it is."""
-    formats = {getattr(layer, "reads", None) for layer in layers}
+    """The 8-bit format in which all these layers read their input, with scales of their own for every row; None if one
+    of them does not.
+    """
+    formats = {None if scale_of(layer) is not None else getattr(layer, "reads", None) for layer in layers}
     return formats.pop() if len(formats) == 1 else None
+
+
+def scale_of(layer: nn.Module) -> Tensor | None:
+    """The one scale of all that the layer reads, if it was calibrated."""
+    scale: Tensor | None = getattr(layer, "calibrated_scale", None)
+    return scale
+
+
+def codes_for(*layers: nn.Module) -> dict[str, Any]:
+    """How a pass before these layers quantises what they all read, as arguments of its kernel. A calibrated scale is of
+    one layer: several do not share it.
+    """
+    if len(layers) == 1 and (scale := scale_of(layers[0])) is not None:
+        return {"quantize": layers[0].reads, "code_scale": scale}
+    return {"quantize": read_by(*layers)}
 
 
 def code_place(reader: nn.Module, like: Tensor | Codes, *widths: int, writes: Collection[Format]) -> Codes | None:
@@ -125,15 +145,16 @@ def for_layers(result: Any, dtype: torch.dtype) -> Any:
 
 def swiglu(x: Tensor, into: nn.Module) -> Any:
     """silu(a) * b of the halves a and b of (..., 2 D), as the layer that follows reads it."""
-    return for_layers(activation(x, "swiglu", quantize=read_by(into)), x.dtype)
+    return for_layers(activation(x, "swiglu", **codes_for(into)), x.dtype)
 
 
 def swiglu_at(place: Tensor | Codes, x: Tensor) -> None:
-    """The same; a place for codes has scales of blocks."""
+    """The same, left there."""
     if isinstance(place, Tensor):
         activation(x, "swiglu", out=place)
     else:
-        activation(x, "swiglu", quantize="fp8_block", out=place.values, scale=place.scale)
+        format = code_format(place.values, place.scale)
+        activation(x, "swiglu", quantize=format, out=place.values, code_scale=place.scale)
 
 
 # -- layers of many families ----------------------------------------------------------
@@ -160,7 +181,7 @@ class Residual:
             into: the layers that read the result, which gets `Codes` where all of them do.
         """
         how: dict[str, Any] = {"kind": "layer", "scale": scale, "shift": shift, "group": group}
-        how["quantize"] = read_by(*into)
+        how |= codes_for(*into)
         if self.branch is None:
             return for_layers(norm(self.x, **how), self.x.dtype)
         branch, gate, self.branch, self.gate = self.branch, self.gate, None, None
@@ -378,7 +399,7 @@ def attended(
     """What queries see, (B, L, H * K), as the layers that follow read it."""
     width, place = math.prod(q_BLHK.shape[2:]), None
     if len(into) == 1 or read_by(*into) == "fp8_block":  # a calibrated scale is of one layer
-        place = code_place(into[0], q_BLHK[:, :, 0], width, writes=ATTENTION_WRITES)
+        place = code_place(into[0], q_BLHK[:, :, 0], width, writes=ALL_FORMATS)
     if place is None:
         return split.attend(attention, q_BLHK, k_BLHK, v_BLHK, streams, replicated=replicated).flatten(2)
     attend_at(place, split, attention, q_BLHK, k_BLHK, v_BLHK, streams, replicated)

@@ -22,7 +22,7 @@ def gelu_erf(x: Tensor) -> Tensor:
     return x / 2 * (1 + torch.erf(x / math.sqrt(2)))
 
 
-def activation_formula(x: Tensor, kind: str, bias: Tensor | None, out: Tensor, quantize: Any, scale: Any = None) -> Any:
+def activation_formula(x: Tensor, kind: str, bias: Tensor | None, out: Tensor, quantize: Any, code_scale: Any) -> Any:
     x = x if bias is None else x + bias
     half = x.shape[-1] // 2
     y = {
@@ -32,7 +32,7 @@ def activation_formula(x: Tensor, kind: str, bias: Tensor | None, out: Tensor, q
         "swiglu": lambda: x[..., :half] / (1 + torch.exp(-x[..., :half])) * x[..., half:],
         "geglu": lambda: x[..., :half] * gelu_erf(x[..., half:]),
     }[kind]()
-    return quantize_formula(y, quantize) if quantize else y
+    return quantize_formula(y, quantize, code_scale) if quantize else y
 
 
 FORMULAS = {"activation": activation_formula}
@@ -71,7 +71,8 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: activation(x3, "swiglu", out=x3), r"out: shape \(2, 3, 32\), expected \(2, 3, 16\)"),
     (lambda: activation(x3, "silu", out=x3.half()), "out: dtype float16, expected float32"),
     (lambda: activation(x3, "silu", quantize="int8", out=x3), "out: dtype float32, expected int8"),
-    (lambda: activation(x3, "silu", scale=x3[..., :1]), "scale: expected none but beside quantize='fp8_block'"),
+    (lambda: activation(x3, "silu", code_scale=x3[0, 0, :1]), "code_scale: expected none without codes"),
+    (lambda: activation(x3, "silu", quantize="int8", code_scale=x3[0, 0]), r"scale: shape \(32,\), expected \(1,\)"),
     (lambda: activation(x3, "silu", quantize="int4"), "format='int4': expected fp8, fp8_block, int8"),  # type: ignore[arg-type]
     (lambda: activation(torch.zeros(2, 5, 32)[:, :3], "silu"), "x: strides .* expected rows evenly apart"),
     (lambda: activation(x3.int(), "silu"), "x: dtype int32"),

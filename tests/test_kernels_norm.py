@@ -43,7 +43,15 @@ def quantize_formula(x: Tensor, format: str, scale: Tensor | None = None, out: A
 
 
 def norm_formula(
-    x: Tensor, kind: str, weight_D: Any, bias_D: Any, scale: Any, shift: Any, group: Any, quantize: Any
+    x: Tensor,
+    kind: str,
+    weight_D: Any,
+    bias_D: Any,
+    scale: Any,
+    shift: Any,
+    group: Any,
+    quantize: Any,
+    code_scale: Any = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     y = x - x.mean(-1, keepdim=True) if kind == "layer" else x
     y = y / torch.sqrt((y * y).mean(-1, keepdim=True) + 1e-6)
@@ -51,7 +59,7 @@ def norm_formula(
     y = y if bias_D is None else y + bias_D
     y = y if scale is None else y * (1 + by_row(scale, group, x))
     y = y if shift is None else y + by_row(shift, group, x)
-    return quantize_formula(y, quantize) if quantize else y
+    return quantize_formula(y, quantize, code_scale) if quantize else y
 
 
 def gate_residual_formula(
@@ -194,6 +202,9 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: quantize_rows(x3, "int4"), "format='int4': expected fp8, fp8_block, int8"),  # type: ignore[arg-type]
     (lambda: quantize_rows(x3.mT.contiguous().mT, "int8"), "x: last dimension has stride 3"),
     (lambda: quantize_rows(x3, "fp8_block", scale=w[:1]), "scale, out: expected both of format='fp8_block', or none"),
+    (lambda: norm(x3, kind="rms", code_scale=w[:1]), "code_scale: expected none without codes"),
+    (lambda: norm(x3, kind="rms", quantize="fp8_block", code_scale=w[:1]), "code_scale: expected none beside quantize"),
+    (lambda: norm(x3, kind="rms", quantize="int8", code_scale=w), r"scale: shape \(32,\), expected \(1,\)"),
     (lambda: quantize_rows(x3, "fp8", out=x3), "out: dtype float32, expected float8_e4m3fn"),
     (lambda: quantize_rows(x3, "fp8", scale=w), r"scale: shape \(32,\), expected \(1,\)"),
     (lambda: quantize_rows(x3, "fp8", scale=w[:1].half()), "scale: dtype float16, expected float32"),

@@ -28,7 +28,7 @@ from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import Drawn
 from sgl_diffusion.runtime.live_bytes import LiveBytes
 from sgl_diffusion.runtime.pipeline import NativePipeline
-from sgl_diffusion.runtime.quantization.layers import LAYERS, QuantizedLinear
+from sgl_diffusion.runtime.quantization.layers import LAYERS, EightBitLinear, QuantizedLinear
 from sgl_diffusion.runtime.quantization.schemes import SCHEMES
 from sgl_diffusion.runtime.quantization.weight import side_by_side
 from sgl_diffusion.runtime.request import resolve_request
@@ -144,6 +144,32 @@ def test_attention_and_activations_hand_on_codes(
     alone = drawn(engine, **SIZES[model])
     assert not after <= readers_of_codes(engine, model)
     assert torch.equal(drawn(load(folder, quantization="fp8_block"), **SIZES[model]), alone)
+
+
+@pytest.mark.parametrize(
+    ("model", "into"),
+    [
+        ("flux2", {"attn.to_qkv_mlp_proj", "attn.to_out", "ff.linear_out", "ff_context.linear_out"}),
+        ("wan", {"attn1.to_qkv", "attn1.to_out.0", "attn2.to_q", "attn2.to_out.0", "ffn.net.0.proj", "ffn.net.2"}),
+        ("z_image", {"attention.to_qkv", "attention.to_out.0"}),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["fp8", "int8"])
+def test_codes_of_known_scales_are_handed_on(
+    model: str, into: set[str], scheme: str, tiny: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By norms, products, attention, SwiGLUs; what two layers read has not one scale. What is drawn does not tell."""
+    engine = load(tiny(model), quantization=scheme, enable_cuda_graph="false")
+    for layer in layers_of(engine).values():
+        assert isinstance(layer, EightBitLinear)
+        layer.input_scale, layer.names = nn.Parameter(torch.tensor([0.02]), False), (*layer.names, "input_scale")
+    assert readers_of_codes(engine, model) == into
+    got = drawn(engine, **SIZES[model])
+    monkeypatch.setattr("sgl_diffusion.models.layers.scale_of", lambda layer: None)
+    monkeypatch.setattr("sgl_diffusion.models.layers.read_by", lambda *layers: None)
+    monkeypatch.setattr(EightBitLinear, "code_place", lambda layer, shape, like: None)
+    assert readers_of_codes(engine, model) == set()
+    assert torch.equal(drawn(engine, **SIZES[model]), got)
 
 
 def test_heads_that_are_blocks_hand_on_codes(tmp_path: Path) -> None:

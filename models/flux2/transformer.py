@@ -19,7 +19,7 @@ from sgl_diffusion.kernels.qk_norm_rope import Stream, qk_norm_rope
 from sgl_diffusion.models.config import ConfigError, demand, read_config
 from sgl_diffusion.models.family import ONE_RANK, AttentionFn, Split, inputs, outputs
 from sgl_diffusion.models.layers import (
-    SWIGLU_WRITES,
+    ALL_FORMATS,
     Codes,
     JointAttention,
     Linear,
@@ -176,7 +176,7 @@ class ParallelAttention(nn.Module):
         B, L, _ = x_BLD.shape
         both = self.to_out.in_features  # D + M, of which ranks may share each
         D = self.to_qkv_mlp_proj.out_features - 2 * both  # of the heads that are here
-        mixed: Any = code_place(self.to_out, x_BLD, D, both - D, writes=SWIGLU_WRITES)
+        mixed: Any = code_place(self.to_out, x_BLD, D, both - D, writes=ALL_FORMATS)
         mixed = x_BLD.new_empty(B, L, both) if mixed is None else mixed
         seen, mlp = mixed.split((D, both - D), dim=-1)
         projected = self.to_qkv_mlp_proj(x_BLD)

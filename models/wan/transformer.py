@@ -43,8 +43,8 @@ from sgl_diffusion.models.layers import (
     RMSNormWeight,
     TimestepEmbedding,
     attended,
+    codes_for,
     for_layers,
-    read_by,
     rotary_table,
 )
 from sgl_diffusion.models.wan.original_names import ORIGINAL_NAMES
@@ -330,7 +330,7 @@ class Block(nn.Module):
 
     def _add_and_norm(self, x: Tensor, branch: Tensor, group_R: Tensor | None, into: nn.Module, **how: Any) -> Any:
         """The norm, as the layer that follows reads it, of a sum that stays in x."""
-        normed = residual_norm(x, branch, kind="layer", group=group_R, eps=EPS, quantize=read_by(into), **how)
+        normed = residual_norm(x, branch, kind="layer", group=group_R, eps=EPS, **codes_for(into), **how)
         return for_layers(normed, x.dtype)
 
 

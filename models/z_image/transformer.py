@@ -31,8 +31,8 @@ from sgl_diffusion.models.layers import (
     Rotary,
     Sequenced,
     attended,
+    codes_for,
     for_layers,
-    read_by,
     rotary_table,
     swiglu,
 )
@@ -148,7 +148,7 @@ class Sandwich:
 
     def norm(self, weight_D: Tensor, scale_1D: Tensor | None, into: nn.Module) -> Any:
         """RMSNorm(x) * weight * (1 + scale), as the layer that follows reads it."""
-        how: dict[str, Any] = {"kind": "rms", "weight_D": weight_D, "scale": scale_1D, "quantize": read_by(into)}
+        how: dict[str, Any] = {"kind": "rms", "weight_D": weight_D, "scale": scale_1D, **codes_for(into)}
         if self.branch is None:
             return for_layers(norm(self.x, **how, eps=self.eps), self.x.dtype)
         branch, self.branch = self.branch, None

@@ -69,13 +69,12 @@ class EightBitLinear(QuantizedLinear):
 
     @property
     def reads(self) -> Format | None:  # type: ignore[override]
-        """None with a scale of activations that was calibrated: it is of this layer alone."""
-        return cast(Format, self.kind) if self.multiplies_codes and self.calibrated_scale is None else None
+        return cast(Format, self.kind) if self.multiplies_codes else None
 
     @property
     def calibrated_scale(self) -> Tensor | None:
-        """Of all activations."""
-        return self.input_scale if "input_scale" in self.names else None
+        """Of all activations, where codes of them are read."""
+        return self.input_scale if "input_scale" in self.names and self.multiplies_codes else None
 
     @property
     def writes(self) -> frozenset[Format]:
