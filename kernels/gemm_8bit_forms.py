@@ -17,6 +17,7 @@ from sgl_diffusion.kernels.quantize import known_codes, row_scale, to_code
 
 # M rows  N output columns  K input columns
 
+
 @triton.jit
 def _add_product(acc, x, weight, scale, PROMOTE: tl.constexpr, PRECISION: tl.constexpr):
     """acc + x weight, or acc + scale * x weight where blocks have scales: a number for every row, or one."""

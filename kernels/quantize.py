@@ -66,7 +66,8 @@ def quantize_row(
     KNOWN_SCALE: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr,
 ):
     """Codes of a row that a program holds: y in fp32, zeros where it has no element. Stores its scale or scales, unless
-    that of all rows is known."""
+    the one of all rows is known.
+    """
     if KNOWN_SCALE:
         return known_codes(y, scale_ptr, LARGEST, INTEGER)
     elif SCALE_BLOCK:

@@ -238,6 +238,18 @@ def test_results_may_be_codes(coded: Any, form: Form, dtype: Any) -> None:
     assert rel_l2(codes, want) < (0.01 if coded == "int8" else 0.03)
 
 
+@pytest.mark.parametrize("impl", ["triton", "torch"])
+def test_packed_results_may_be_codes(impl: Any) -> None:
+    x = inputs(1, 37, 37, 2, 128)
+    starts = torch.tensor([0, 20, 37], dtype=torch.int32, device=DEVICE)
+    packed: dict[str, Any] = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 20, "impl": impl}
+    numbers = attention(**x, **packed)
+    out, scale = torch.zeros_like(numbers).to(DTYPES["fp8"]), poisoned((1, 37, 2), torch.float32, DEVICE)
+    attention(**x, **packed, out=out, code_scale=scale)
+    assert rel_l2(scale * LARGEST["fp8"], numbers.abs().amax(-1)) < 2e-6
+    assert rel_l2(out.float() * scale[..., None], numbers) < 0.03
+
+
 # -- arguments --------------------------------------------------------------------
 
 

@@ -182,6 +182,24 @@ def test_heads_that_are_blocks_hand_on_codes(tmp_path: Path) -> None:
     assert torch.equal(drawn(engine, **SIZES["flux"]), got)
 
 
+def test_rows_and_columns_of_codes() -> None:
+    """With a scale a row, a scale a block, and one that is known, which goes with every part."""
+    values = torch.arange(6.0)[:, None] * torch.ones(384)
+    by_row, by_block, known = (
+        Codes(values, scale, torch.float32)
+        for scale in (torch.arange(6.0), torch.arange(18.0).view(6, 3), torch.tensor([7.0]))
+    )
+    for codes, scale in ((by_row, [2.0, 3.0]), (by_block, [[6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]), (known, [7.0])):
+        assert codes[2:4].values[:, 0].tolist() == [2, 3] and codes[2:4].scale.tolist() == scale
+        samples = codes.view(2, 3, 384)
+        assert samples.shape == (2, 3, 384) and samples.dtype == torch.float32
+        assert torch.equal(samples.scale.flatten(), codes.scale.flatten())
+        assert samples.scale.shape == ((1,) if codes is known else (2, 3, *codes.scale.shape[1:]))
+    head, tail = by_block.split((256, 128))
+    assert head.scale.tolist()[1] == [3, 4] and tail.scale.tolist()[1] == [5] and tail.shape == (6, 128)
+    assert all(part.scale is known.scale for part in known.split((40, 344)))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_weights_are_near(scheme: str) -> None:
     weight = torch.randn(192, 256, generator=torch.Generator().manual_seed(0))
