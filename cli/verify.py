@@ -113,6 +113,8 @@ def _show_quality(console: Console, result: Quality) -> None:
         seen = ["" if x is None else f"{x:.4f}" for x in (p.ssim, p.lpips)]
         table.add_row(p.prompt, str(p.seed), f"{p.latents:.4f}", f"{p.psnr:.1f}", *seen)
     console.print(table)
+    times, how = result.step_ms, "slower" if result.step_ms.is_slower else "not slower"
+    console.print(f"a step takes {times.quantized:.2f} ms, in full {times.full:.2f} ms: quantised is {how} here")
     if result.lpips:
         console.print(f"no LPIPS: {result.lpips}")
     if scores := result.scores:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -50,12 +51,15 @@ IN_FULL: Mapping[str, Any] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """What a request came to: final latents (B, ...), and by result a picture (H, W, 3) or a clip (F, H, W, 3)."""
+    """What a request came to: final latents (B, ...), and by result a picture (H, W, 3) or a clip (F, H, W, 3); and how
+    long each of its steps took, in milliseconds.
+    """
 
     prompts: Sequence[str]
     seeds: Sequence[int]
     latents: Tensor
     pixels: Sequence[Pixels]
+    step_ms: Sequence[float]
 
 
 def draw(engine: Engine, params: SamplingParams, record: Record = ignore) -> Drawing:
@@ -68,7 +72,7 @@ def draw(engine: Engine, params: SamplingParams, record: Record = ignore) -> Dra
     """
     pipeline = _native(engine)
     request = resolve_request(params, engine.model.sampling_defaults, engine.args)
-    latents, chunks = [], []
+    latents, chunks, watch = [], [], Stopwatch(engine.device)
 
     def listen(name: str, tensor: Tensor) -> None:
         if name == "final_latents":
@@ -77,11 +81,12 @@ def draw(engine: Engine, params: SamplingParams, record: Record = ignore) -> Dra
             chunks.append(quantised(tensor).cpu().numpy())
         record(name, tensor)
 
-    for _ in pipeline.run(pipeline.prepare(request), Stopwatch(engine.device), listen):
+    for _ in pipeline.run(pipeline.prepare(request), watch, listen):
         pass
+    step_ms = [span.duration_ms for span in watch.finish() if span.name == "denoise_step"]
     prompts = [request.prompt_of(i) for i in range(request.count)]
     pixels = np.concatenate(chunks, axis=1) if pipeline.draws_video else chunks[0]
-    return Drawing(prompts, request.seeds, latents[0], list(pixels))
+    return Drawing(prompts, request.seeds, latents[0], list(pixels), step_ms)
 
 
 def _native(engine: Engine) -> NativePipeline:
@@ -278,6 +283,7 @@ def draw_scenes(engine: Engine, scenes: Sequence[world.Scene], steps: int | None
         seeds=[seed for each in drawn for seed in each.seeds],
         latents=torch.cat([each.latents for each in drawn]),
         pixels=[pixels for each in drawn for pixels in each.pixels],
+        step_ms=[ms for each in drawn for ms in each.step_ms],
     )
 
 
@@ -290,6 +296,31 @@ def _signed(pixels: Pixels) -> world.Picture:
     """(3, H, W) in [-1, 1]."""
     signed: world.Picture = pixels.astype(np.float32).transpose(2, 0, 1) / 127.5 - 1
     return signed
+
+
+# -- time -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Milliseconds of a step, the median of a request's, on this device."""
+
+    full: float
+    quantized: float
+
+    @property
+    def is_slower(self) -> bool:
+        return self.quantized > self.full
+
+
+def step_times(full: Engine, quantized: Engine, params: SamplingParams) -> StepTimes:
+    """Of requests drawn one after the other, once each has been drawn: nothing is compiled or captured any more.
+
+    Raises as `draw`.
+    """
+    for engine in (full, quantized):
+        draw(engine, params)
+    return StepTimes(*(statistics.median(draw(engine, params).step_ms) for engine in (full, quantized)))
 
 
 # -- the verdict ------------------------------------------------------------------
@@ -315,6 +346,7 @@ class Quality:
     Attributes:
         receipts: of quantised components, see `runtime.quantization.receipt`.
         lpips: why it was not computed; empty if it was.
+        step_ms: what a step takes.
         scores: of the embedded model alone.
         checks: of what schemes declare; formats that files come in declare nothing.
     """
@@ -322,6 +354,7 @@ class Quality:
     receipts: Mapping[str, Mapping[str, Any]]
     layers: Sequence[LayerError]
     pictures: Sequence[PictureError]
+    step_ms: StepTimes
     lpips: str
     scores: SceneScores | None
     checks: Sequence[Check]
@@ -367,6 +400,7 @@ def judge_quantization(args: ServerArgs, params: SamplingParams, scene_count: in
     layers, judge = layer_errors(full, quantized, params)
     lpips, why = _lpips()
     pictures = picture_errors(judge, draw(quantized, params), lpips)
+    times = step_times(full, quantized, params)
     backend, checks, scores = _native(quantized), layer_checks(layers), None
     if is_embedded and (scenes := held_out_scenes(SCENES if scene_count is None else scene_count)):
         ours, theirs = (draw_scenes(engine, scenes, params.num_inference_steps) for engine in (quantized, full))
@@ -376,7 +410,9 @@ def judge_quantization(args: ServerArgs, params: SamplingParams, scene_count: in
             checks += scene_checks(formats["transformer"], picture_errors(theirs, ours), scores)
     job = backend.prepare(resolve_request(params, quantized.model.sampling_defaults, args))
     settings = {"model": args.model_path, **spelled_out(job, backend.family)}
-    return Quality(backend.quantization, layers, pictures, why, scores, checks, settings, versions(quantized.device))
+    return Quality(
+        backend.quantization, layers, pictures, times, why, scores, checks, settings, versions(quantized.device)
+    )
 
 
 def _lpips() -> tuple[Lpips | None, str]:

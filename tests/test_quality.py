@@ -250,11 +250,30 @@ def test_verify_shows_layers_pictures_scores_and_what_holds(
         "final latents of scenes", "points lost",
     ]  # fmt: skip
     assert all(p["lpips"] is None for p in found["pictures"]) == ("no LPIPS" in shown) == bool(found["lpips"])
+    full, ours = found["step_ms"]["full"], found["step_ms"]["quantized"]
+    verdict = "slower" if ours > full > 0 else "not slower"
+    assert f"a step takes {ours:.2f} ms, in full {full:.2f} ms: quantised is {verdict} here" in shown
     strict = replace(SCHEMES["int8"], tolerance=replace(SCHEMES["int8"].tolerance, latents=1e-6))
     monkeypatch.setitem(SCHEMES, "int8", strict)  # type: ignore[arg-type]
     assert main(["verify", "--quantization", "int8", "--scenes", "1", *ONE_STEP]) == 1
     shown = capsys.readouterr().out
     assert "final latents of scenes: at worst" in shown and "allowed 1e-06: FAIL" in shown and "FAILED" in shown
+
+
+def test_steps_are_timed_once_everything_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The median step of the second request each, as the first may compile."""
+    drawn: list[str] = []
+
+    def draw(engine: str, params: SamplingParams) -> SimpleNamespace:
+        drawn.append(engine)
+        steps = {"full": [90.0, 3.0, 5.0], "quantized": [7.0, 7.5, 60.0]}[engine]
+        return SimpleNamespace(step_ms=[900.0] * 3 if drawn.count(engine) == 1 else steps)
+
+    monkeypatch.setattr(quality, "draw", draw)
+    params = SamplingParams(prompt="a red circle")
+    times = quality.step_times("full", "quantized", params)  # type: ignore[arg-type]
+    assert (times.full, times.quantized, times.is_slower) == (5, 7.5, True)
+    assert drawn == ["full", "quantized"] * 2
 
 
 def test_weights_from_a_file_are_judged_by_the_models_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
