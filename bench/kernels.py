@@ -78,7 +78,7 @@ def caller(op: Op, impl: str, inputs: Inputs) -> Callable[[], Any]:
     if op.name != "attention":
         raise Refused("for attention only")
     plain = ("q_BLHK", "k_BLHK", "v_BLHK", "out", "scale")
-    if unusual := [name for name, value in inputs.items() if name not in plain and value not in (None, False)]:
+    if unusual := [n for n, value in inputs.items() if n not in plain and value is not None and value is not False]:
         raise Refused(f"not timed with {', '.join(unusual)}")
     q, k, v, out = (inputs[name] for name in ("q_BLHK", "k_BLHK", "v_BLHK", "out"))
     if why := BACKENDS[impl].reasons(AttentionCase(q.device, q.dtype, q.shape[-1], k.shape[1])):

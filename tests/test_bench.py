@@ -10,9 +10,10 @@ import pytest
 from kernel_checks import DEVICE  # noqa: F401 (chooses the interpreter before Triton is imported)
 from test_aot import python
 
-from sgl_diffusion.bench import tables
+from sgl_diffusion.bench import kernels, tables
 from sgl_diffusion.bench.tune import neighbours, search
 from sgl_diffusion.kernels import launch
+from sgl_diffusion.kernels.attention import OP
 
 MAIN = "sgl_diffusion.cli.main"
 
@@ -72,6 +73,25 @@ def test_a_wrong_answer_is_not_timed() -> None:
     done = python("-c", program, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "WRONG ANSWER, not timed" in done.stdout
+
+
+def test_what_other_attentions_do_not_take_is_told() -> None:
+    """Of every case: masks, packed sequences, log-sums and codes are ours alone, and here is no GPU."""
+    told = {}
+    for case in OP.cases(OP.tiny):
+        with pytest.raises(kernels.Refused) as refusal:
+            kernels.caller(OP, "cudnn", case.inputs("cpu"))
+        told[str(case)] = str(refusal.value)
+    plain = {case for case, why in told.items() if why.startswith("needs an NVIDIA GPU")}
+    assert plain and {why for case, why in told.items() if case not in plain} == {
+        "not timed with return_lse",
+        "not timed with causal, return_lse",
+        "not timed with causal, return_lse, key_mask_BS",
+        "not timed with return_lse, cu_seqlens_q, cu_seqlens_k, max_seqlen_q",
+        "not timed with causal, cu_seqlens_q, cu_seqlens_k, max_seqlen_q",
+        "not timed with code_scale",
+        "not timed with code_scale, cu_seqlens_q, cu_seqlens_k, max_seqlen_q",
+    }
 
 
 @pytest.mark.parametrize(
