@@ -12,6 +12,7 @@ import triton
 from kernel_checks import DEVICE
 from torch import Tensor
 
+from sgl_diffusion.bench import kernels
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.catalog import OPS, markdown_table
 from sgl_diffusion.kernels.launch import architecture, tile_row, tile_table
@@ -53,6 +54,14 @@ def test_kernel_reference_and_eager_sequence_agree(op: Any) -> None:
             assert op.error(a, b)[0] <= 2 * op.tolerance[a.dtype], size
         for b, c in zip(reference, eager, strict=False):  # eager PyTorch gives no log-sum beside attention
             assert op.error(c, b)[0] <= 8 * op.tolerance[b.dtype], f"the eager sequence is another at {size}"
+
+
+@each_op
+def test_eager_sequences_are_right_enough_to_be_timed(op: Any) -> None:
+    """In half precision, which the benchmark times: a wrong answer would not be."""
+    for case in op.cases(op.tiny):
+        error, right = kernels.worst(case, "cpu", "eager")
+        assert right, f"{case}: {error:.1e}"
 
 
 @each_op
