@@ -166,7 +166,7 @@ class Triton:
         code_scale: Tensor | None = None, return_lse: bool = False,
     ) -> Result:  # fmt: skip
         if return_lse:
-            return attention(q_BLHK, k_BLHK, v_BLHK, out=out, return_lse=True, impl="triton")
+            return attention(q_BLHK, k_BLHK, v_BLHK, out=out, code_scale=code_scale, return_lse=True, impl="triton")
         return attention(q_BLHK, k_BLHK, v_BLHK, out=out, code_scale=code_scale, impl="triton")
 
 
@@ -376,8 +376,9 @@ def _run(
     **asked: Any,
 ) -> Any:  # fmt: skip
     """A backend, with the codes that it leaves or that are made of what it returns."""
-    if code_scale is None or out is None:
+    if code_scale is None:
         return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, **asked)
+    assert out is not None, "codes have a place"
     if backend.name in OURS:
         return backend.run(q_BLHK, k_BLHK, v_BLHK, out=out, code_scale=code_scale, **asked)
     return quantize_heads(backend.run(q_BLHK, k_BLHK, v_BLHK, **asked), out, code_scale)
@@ -385,7 +386,8 @@ def _run(
 
 def _of_nothing(q_BLHK: Tensor, out: Tensor | None, code_scale: Tensor | None, return_lse: bool) -> Result:
     """Attention that no query, or no key, takes part in, which PyTorch's kernels for the CPU crash on."""
-    if code_scale is not None and out is not None:
+    if code_scale is not None:
+        assert out is not None, "codes have a place"
         return quantize_heads(torch.zeros_like(q_BLHK), out, code_scale)
     out = torch.zeros_like(q_BLHK) if out is None else out.zero_()
     B, L, H, _ = q_BLHK.shape

@@ -95,7 +95,8 @@ class Usp:
         """As of `Split`. With a ring, `attention` is asked for log-sum-exps, see `Attention`."""
         if self.sp.size == 1:
             return ONE_RANK.attend(attention, q_BLHK, k_BLHK, v_BLHK, streams, out=out, code_scale=code_scale)
-        if code_scale is not None and out is not None:  # numbers travel
+        if code_scale is not None:  # numbers travel
+            assert out is not None, "codes have a place"
             seen = self.attend(attention, q_BLHK, k_BLHK, v_BLHK, streams, replicated=replicated)
             return quantize_heads(seen, out, code_scale)
         out = q_BLHK.new_empty(q_BLHK.shape) if out is None else out
