@@ -48,10 +48,8 @@ def placed(result_BLHK: Tensor, out: Tensor | None, code_scale: Tensor | None) -
     if code_scale is None:
         return out.copy_(result_BLHK)
     kind = code_format(out, code_scale)
-    codes, scales = quantize_rows_reference(result_BLHK, kind, scale=None if kind == "fp8_block" else code_scale)
-    if kind == "fp8_block":
-        code_scale.copy_(scales.squeeze(-1))
-    return out.copy_(codes)
+    scale = code_scale[..., None] if kind == "fp8_block" else code_scale  # a head is a row of one block
+    return quantize_rows_reference(result_BLHK, kind, scale=scale, out=out)[0]
 
 
 def _sequences(

@@ -272,9 +272,17 @@ starts = torch.tensor([0, 4], dtype=torch.int32)
 PACKED: dict[str, Any] = {"cu_seqlens_q": starts, "cu_seqlens_k": starts, "max_seqlen_q": 4}
 ALL_THREE = "cu_seqlens_q, cu_seqlens_k, max_seqlen_q: expected all three"
 
+x8 = x4.to(DTYPES["fp8"])
 MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: attention(x4[0], x4, x4), r"q_BLHK: shape \(4, 4, 16\), expected 4 dimensions"),
     (lambda: attention(x4, x4[0], x4), r"k_BLHK: shape \(4, 4, 16\), expected 4 dimensions"),
+    (lambda: attention(x4, x4, x4, code_scale=x4[0, 0, 0, :1]), "out: expected a place for codes beside code_scale"),
+    (lambda: attention(x4, x4, x4, out=x4, code_scale=x4[0, 0, 0, :1]), "out: dtype float32, expected float8_e4m3fn"),
+    (lambda: attention(x4, x4, x4, out=x8, code_scale=x4[0, 0, 0]), r"code_scale: shape \(16,\), expected \(1,\)"),
+    (
+        lambda: attention(x4, x4, x4, out=x8, code_scale=x4[..., 0].contiguous()),
+        "code_scale: expected one, as heads are of 16 channels and not 128",
+    ),
     (lambda: attention(x4, x4[:, :, :3], x4[:, :, :3]), "k_BLHK: 3 heads, expected a divisor of the 4 heads of q"),
     (lambda: attention(x4, x4[:, :, :2], x4), r"v_BLHK: shape \(1, 4, 4, 16\), expected \(1, 4, 2, 16\)"),
     (lambda: attention(x4, x4.half(), x4), "k_BLHK: dtype float16, expected float32"),

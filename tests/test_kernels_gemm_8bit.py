@@ -231,6 +231,7 @@ def test_meta_tensors_have_the_shapes_of_results() -> None:
 fp8: Callable[..., Any] = gemm_fp8.gemm_fp8
 int8: Callable[..., Any] = gemm_int8.gemm_int8
 xs, ws, s3, sn, r3 = (torch.ones(*s) for s in ((2, 3, 160), (32, 160), (2, 3), (32,), (2, 3, 32)))
+r8 = r3.to(FP8)
 x8, w8, xi, wi = xs.to(FP8), ws.to(FP8), xs.to(torch.int8), ws.to(torch.int8)
 blocks_x, blocks_w = torch.ones(2, 3, 2), torch.ones(1, 2)
 
@@ -254,6 +255,18 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: fp8(x8, s3, w8, sn, sn.half(), out=r3), "bias_N: dtype float16, expected float32"),
     (lambda: fp8(x8, s3, w8, sn, dtype=torch.float64), "dtype=torch.float64: expected float32, bfloat16, float16"),
     (lambda: int8(xi, s3, wi, sn, gelu_from=32), "gelu_from=32: expected 0 to 31"),
+    (lambda: fp8(x8, s3, w8, sn, code_scale=sn[:1]), "out: expected a place for codes beside code_scale"),
+    (lambda: fp8(x8, s3, w8, sn, out=r3, code_scale=sn[:1]), "out: dtype float32, expected float8_e4m3fn"),
+    (lambda: fp8(x8, s3, w8, sn, residual=r3, out=r8, code_scale=sn[:1]), "residual: expected none beside code_scale"),
+    (lambda: fp8(x8, s3, w8, sn, out=r8[..., :8], code_scale=sn[:1]), r"out: shape \(2, 3, 8\), expected \(2, 3, 32\)"),
+    (lambda: fp8(x8, s3, w8, sn, out=r8, code_scale=sn), r"scale: shape \(32,\), expected \(1,\)"),
+    (lambda: fp8(x8, s3, w8, sn, out=r8, code_scale=blocks_x), r"scale: shape \(2, 3, 2\), expected \(2, 3, 1\)"),
+    (lambda: fp8(x8, s3, w8, sn, tail=r8, code_scale=sn[:1]), "gelu_from=None: expected 1 to 31, the first column of"),
+    (
+        lambda: fp8(x8, s3, w8, sn, gelu_from=16, tail=r8[..., 16:], code_scale=blocks_x[..., :1]),
+        "gelu_from=16: expected a multiple of 128, where a block of codes begins",
+    ),
+    (lambda: int8(xi, s3, wi, sn, out=r8, code_scale=sn[:1]), "out: dtype float8_e4m3fn, expected int8"),
     (
         lambda: int8(torch.ones(1, 131072).to(torch.int8), sn[:1], torch.ones(1, 131072).to(torch.int8), sn[:1]),
         "weight_NK: 131072 columns, expected at most 131071, whose sums int32 holds",
