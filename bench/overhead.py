@@ -35,15 +35,17 @@ class Overhead:
     Attributes:
         latency_ms: through the server, as a client sees it.
         engine_ms: of that, what the engine reports of itself.
-        added_ms: the difference, request by request.
         bare_ms: drawn by an engine in this process, by turns with the server's.
+        beside_ms: of that, what such an engine does not report: it hands out the result, and its report.
+        added_ms: latency without what the engine reports, and without what it takes beside that, request by request.
         get_ms: path -> of answers to GET while the engine is busy.
     """
 
     latency_ms: dict[str, float]
     engine_ms: dict[str, float]
-    added_ms: dict[str, float]
     bare_ms: dict[str, float]
+    beside_ms: dict[str, float]
+    added_ms: dict[str, float]
     get_ms: dict[str, dict[str, float]]
 
 
@@ -56,23 +58,25 @@ async def measure(target: Target, model: Mapping[str, Any], requests: int, warmu
         RunFailure: a request failed.
     """
     engine = Engine.load(parse(ServerArgs, model))
-    latency, inside, bare = [], [], []
+    latency, inside, bare, beside = [], [], [], []
     with (
         tempfile.TemporaryDirectory(prefix="sglang-bench-") as folder,
         closing(_plain_client(target.client)) as client,
     ):
         for index in range(warmup + requests):
             took, report = _through_server(client, target, index)
-            alone = _by_engine(engine, target.bodies[index % len(target.bodies)], f"{folder}/{index}")
+            alone, told = _by_engine(engine, target.bodies[index % len(target.bodies)], f"{folder}/{index}")
             if index >= warmup:
                 latency.append(took)
                 inside.append(report["total_duration_ms"])
                 bare.append(alone)
+                beside.append(alone - told)
     return Overhead(
         latency_ms=spread(latency),
         engine_ms=spread(inside),
-        added_ms=spread([a - b for a, b in zip(latency, inside, strict=True)]),
         bare_ms=spread(bare),
+        beside_ms=spread(beside),
+        added_ms=spread([a - b - c for a, b, c in zip(latency, inside, beside, strict=True)]),
         get_ms=await _gets_while_busy(target, requests),
     )
 
@@ -94,15 +98,15 @@ def _through_server(client: HTTPConnection, target: Target, index: int) -> tuple
     return took, json.loads(_ask(client, target.client, "GET", f"/v1/images/{told['id']}/report"))
 
 
-def _by_engine(engine: Engine, body: Mapping[str, Any], folder: str) -> float:
-    """Milliseconds until the picture is a file."""
+def _by_engine(engine: Engine, body: Mapping[str, Any], folder: str) -> tuple[float, float]:
+    """Milliseconds until the picture is a file, and those that the engine reports."""
     asked = {name: value for name, value in body.items() if name in SamplingParams.model_fields}
     params = parse(SamplingParams, {**asked, "output_path": folder, "output_file_name": "0.png"})
     started = time.perf_counter()
-    engine.run(params)
+    report = engine.run(params).report
     if engine.device.type == "cuda":
         torch.cuda.synchronize(engine.device)
-    return (time.perf_counter() - started) * 1000
+    return (time.perf_counter() - started) * 1000, report.total_duration_ms
 
 
 async def _gets_while_busy(target: Target, requests: int) -> dict[str, dict[str, float]]:

@@ -231,18 +231,25 @@ class Dispatcher:
 
     @contextmanager
     def watch(
-        self, job_id: str, *, known: Job | None = None, end_only: bool = False
+        self,
+        job_id: str,
+        *,
+        known: Job | None = None,
+        end_only: bool = False,
+        until: asyncio.Future[None] | None = None,
     ) -> Iterator[AsyncIterator[JobEvent]]:
         """What happens to a job from now on. The last event is `Ended`, at once if it has ended already.
 
-        Without `Ended` it ends only because the server stops: the job is kept, and the next server goes on with it.
-        The iterator raises KeyError if there is no such job.
+        Without `Ended` it ends only because `until` is done, or the server stops: the job is kept then, and the next
+        server goes on with it. The iterator raises KeyError if there is no such job.
 
         Args:
             known: the job as it is now; it is looked up where that is not known.
             end_only: steps on the way do not wake the watcher.
         """
         with self._news.feed(job_id, end_only=end_only) as feed:
+            if until is not None:
+                until.add_done_callback(lambda _: feed.put(None))
             yield self._events(job_id, known, feed)
 
     async def _events(self, job_id: str, known: Job | None, feed: Feed) -> AsyncIterator[JobEvent]:

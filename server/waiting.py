@@ -29,33 +29,29 @@ async def until_ended(request: Request, here: Context, job: Job, *, is_new: bool
     Raises:
         ApiError: 504, it took longer than `request_timeout`; 503, the server is about to stop.
     """
-    with here.dispatcher.watch(job.id, known=job if is_new else None, end_only=True) as events:
-        ended = asyncio.ensure_future(_end(events, job.id))
-        left = asyncio.ensure_future(_disconnected(request))
-        try:
-            done, _ = await asyncio.wait(
-                {ended, left}, timeout=here.args.request_timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-            if ended in done:
-                return ended.result()
-            if not keep:
-                await here.dispatcher.cancel(job.id)
-            if left in done:
-                raise ApiError(400, "the client has left")  # and reads none of this
-            raise timed_out(here, job.id, kept=keep)
-        finally:
-            ended.cancel()
-            left.cancel()
-
-
-async def _end(events: AsyncIterator[JobEvent], job_id: str) -> Job:
+    ended: Job | None = None
+    left = asyncio.ensure_future(_disconnected(request))
     try:
-        async for event in events:
-            if isinstance(event, Ended):
-                return event.job
+        with here.dispatcher.watch(job.id, known=job if is_new else None, end_only=True, until=left) as events:
+            async with asyncio.timeout(here.args.request_timeout):
+                async for event in events:
+                    if isinstance(event, Ended):
+                        ended = event.job
     except KeyError:
-        raise not_found("job", job_id) from None
-    raise _shutting_down(job_id)
+        raise not_found("job", job.id) from None
+    except TimeoutError:
+        why = timed_out(here, job.id, kept=keep)
+    else:
+        if ended is not None:
+            return ended
+        if not left.done():
+            raise _shutting_down(job.id)
+        why = ApiError(400, "the client has left")  # and reads none of this
+    finally:
+        left.cancel()
+    if not keep:
+        await here.dispatcher.cancel(job.id)
+    raise why
 
 
 async def _disconnected(request: Request) -> None:
