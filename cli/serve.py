@@ -29,8 +29,10 @@ def run(parser: argparse.ArgumentParser, argv: list[str]) -> int:
     server_args = parse(ServerArgs, {k: v for k, v in values.items() if k in ServerArgs.model_fields})
     serve_args = parse(ServeArgs, {k: v for k, v in values.items() if k in ServeArgs.model_fields})
     set_up_logging(server_args.log_level)
-    if server_args.nnodes > 1:
-        raise UserError(f"nnodes={server_args.nnodes}: a server is on one host; several may share a --database-url")
+    if server_args.node_rank > 0:
+        from sgl_diffusion.server.follower import follow
+
+        return follow(server_args, serve_args)
 
     from sgl_diffusion.server.run import serve
 

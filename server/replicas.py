@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.parallel.layout import read_layout
 from sgl_diffusion.server.engine_process import EngineProcess, EngineState
 
@@ -51,6 +52,11 @@ def of_a_replica(args: ServerArgs) -> ServerArgs:
     layout = read_layout(args)
     if layout.dp == 1:
         return args
+    if args.nnodes > 1:
+        raise UserError(
+            f"dp_size={layout.dp}: replicas are on one host, and nnodes={args.nnodes}; "
+            "servers on several may share a --database-url"
+        )
     ranks = layout.ranks // layout.dp
     replica = args.model_copy(update={"dp_size": None, "num_gpus": ranks if ranks > 1 else None})
     read_layout(replica)  # what had an effect on all may have none on one

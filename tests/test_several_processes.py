@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import re
@@ -12,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +155,16 @@ def test_two_hosts_draw_together(
     assert not list(folders[1].iterdir())
 
 
+@pytest.mark.parametrize("node_rank", ["0", "1"])
+def test_hosts_that_do_not_meet_are_told_so(node_rank: str, tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    asked = ("--nnodes", "2", "--node-rank", node_rank, "--dist-init-addr", address, "--dist-timeout", "2")
+    code, out, error = run(SGLANG, "generate", *REQUEST, *U2, *asked, cwd=tmp_path)
+    assert code == 1 and not out and not list(tmp_path.iterdir())
+    assert error.startswith(f"failed: dist_init_addr={address}: the hosts do not meet there: "), error
+    assert error.count("\n") == 1
+
+
 # -- what cannot be ------------------------------------------------------------------
 
 
@@ -173,6 +185,15 @@ def test_impossible_layouts_are_refused_with_the_arithmetic(words: str, told: st
     done = sglang("generate", *REQUEST, *words.split(), cwd=tmp_path)
     assert done.returncode == 2 and done.stderr.startswith(f"error: {told}"), done.stderr
     assert done.stderr.count("\n") == 1 and not done.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("node_rank", ["0", "1"])
+def test_replicas_of_a_server_are_on_one_host(node_rank: str, tmp_path: Path) -> None:
+    where = ("--nnodes", "2", "--node-rank", node_rank, "--dist-init-addr", "127.0.0.1:1", "--port", "0")
+    done = sglang("serve", "--num-gpus", "2", "--dp-size", "2", *where, "--data-dir", "data", cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr == (
+        "error: dp_size=2: replicas are on one host, and nnodes=2; servers on several may share a --database-url\n"
+    )
 
 
 def test_what_only_the_model_can_tell_is_one_line_too(tmp_path: Path) -> None:
@@ -237,6 +258,40 @@ def test_a_server_outlives_a_killed_rank(tmp_path: Path) -> None:
         assert answer and answer[0][0] == 200, answer
         info = server.get("/server_info")
         assert info["engine"]["restarts"] == 1 and (info["jobs"]["completed"], info["jobs"]["failed"]) == (1, 0)
+
+
+def test_a_server_on_two_hosts_outlives_a_killed_rank(tmp_path: Path, alone: np.ndarray[Any, Any]) -> None:
+    """Of the host that has no connections: both start their ranks again, and the request is drawn once more."""
+    hosts = ("--device", "cpu", *U2, "--nnodes", "2", "--dist-init-addr", f"127.0.0.1:{free_port()}")
+    follower = start(SGLANG, "serve", *hosts, "--node-rank", "1", "--data-dir", "second", cwd=tmp_path)
+    try:
+        with serving(tmp_path / "first", hosts) as server:
+            body = {"prompt": "a red circle", "num_inference_steps": 4, "seed": 42}
+            answers: list[Any] = []
+
+            def ask(**more: Any) -> None:
+                answers.append(server.call("POST", "/v1/images/generations", body | more))
+
+            client = threading.Thread(target=ask, kwargs={"size": "64x64", "num_inference_steps": 200})
+            client.start()
+            wait_for(lambda: server.get("/server_info")["jobs"]["in_progress"] == 1)
+            (victim,) = psutil.Process(follower.pid).children()
+            victim.kill()
+            client.join(timeout=110)
+            ask()
+            assert [status for status, *_ in answers] == [200, 200], answers
+            info = server.get("/server_info")
+            assert info["engine"]["restarts"] == 1 and (info["jobs"]["completed"], info["jobs"]["failed"]) == (2, 0)
+            drawn = np.asarray(Image.open(BytesIO(base64.b64decode(answers[1][1]["data"][0]["b64_json"]))))
+        assert psnr(drawn.astype(float), alone) >= LEAST_PSNR
+        follower.terminate()
+        out, error = follower.communicate(timeout=30)
+    finally:
+        follower.kill()
+        follower.communicate()
+    assert follower.returncode == 0 and not out and not (tmp_path / "second").exists()
+    assert "the ranks of this host ended: rank 1 was killed by SIGKILL; they are started again in 2 s" in error
+    assert "Traceback" not in error
 
 
 def test_replicas_take_requests_from_one_queue(tmp_path: Path) -> None:

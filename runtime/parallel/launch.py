@@ -29,6 +29,7 @@ from sgl_diffusion.runtime.errors import RunFailure, UserError
 PR_SET_PDEATHSIG = 1
 SIOCGIFADDR = 0x8915  # asks for an interface's address
 ERROR_FILE = "TORCHELASTIC_ERROR_FILE"  # where the agent looks for what a rank had to say
+CPP_LOGS = "TORCH_CPP_LOG_LEVEL"  # read when torch is imported
 LAUNCHED = "SGL_DIFFUSION_LAUNCHED"  # set for ranks that `launch` started
 USER_MISTAKE, INTERRUPTED = 2, 130
 ENDS_WITHIN_S = 5  # of the signal that asks the launcher to end; then ranks are killed
@@ -44,13 +45,17 @@ def launch(args: ServerArgs, ranks: int, module: str, argv: Sequence[str]) -> No
         ranks: on all hosts together; they divide evenly.
     Raises:
         UserError: a rank found a mistake of the user.
-        RunFailure: a rank failed or died, with its number and its last words.
+        RunFailure: a rank failed or died, with its number and its last words; or other hosts did not come.
     """
+    with _without_stacks():
+        from torch.distributed import DistError
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # what failed is told below
+    for name in logging.root.manager.loggerDict:  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # what failed is told below
     here = ranks // args.nnodes
     if args.nnodes > 1 and args.dist_init_addr is not None:
         _tell_gloo_where(args.dist_init_addr)
@@ -75,6 +80,21 @@ def launch(args: ServerArgs, ranks: int, module: str, argv: Sequence[str]) -> No
             raise _failure(e) from None
         except SignalException as e:
             raise KeyboardInterrupt from e
+        except DistError as e:
+            where = f"dist_init_addr={args.dist_init_addr}"
+            raise RunFailure(f"{where}: the hosts do not meet there: {str(e).splitlines()[0]}") from None
+
+
+@contextmanager
+def _without_stacks() -> Iterator[None]:
+    """A torch that is imported here prints no stacks of its C++ when hosts do not meet; those of the ranks still do."""
+    before = os.environ.get(CPP_LOGS)
+    os.environ.setdefault(CPP_LOGS, "FATAL")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[CPP_LOGS]
 
 
 def _rendezvous(args: ServerArgs) -> dict[str, Any]:
