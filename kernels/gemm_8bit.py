@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,14 +14,25 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sgl_diffusion.kernels import launch
-from sgl_diffusion.kernels.gemm import check_epilogue, with_epilogue
+from sgl_diffusion.kernels.activation import activation
+from sgl_diffusion.kernels.gemm import (
+    check_columns,
+    check_epilogue,
+    eager_swiglu,
+    out_columns,
+    results_width,
+    with_epilogue,
+    with_swiglu,
+)
 from sgl_diffusion.kernels.gemm_8bit_forms import gemm_8bit_pointer_kernel, gemm_8bit_tma_kernel
 from sgl_diffusion.kernels.gemm_forms import (
     FP32_PRODUCT,
     as_rows,
     fit_descriptors,
+    pairs_of,
     processors,
     row_stride,
+    tiles_across,
 )
 from sgl_diffusion.kernels.op import Inputs, inside, noise, poisoned
 from sgl_diffusion.kernels.quantize import (
@@ -77,8 +89,9 @@ def check_operands(
 
 
 def result(
-    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gelu_from: int | None, tail: Tensor | None,
-    gate: Tensor | None, residual: Tensor | None, out: Tensor | None, code_scale: Tensor | None, dtype: torch.dtype,
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gelu_from: int | None, swiglu_from: int | None,
+    tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor | None, code_scale: Tensor | None,
+    dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     """`out`, or a new tensor for the columns that do not go to the tail, once the epilogue is checked.
 
@@ -89,72 +102,79 @@ def result(
         raise ValueError(f"{dtype=}: expected float32, bfloat16, float16")
     N = len(weight_NK)
     if code_scale is None:
-        check_epilogue(x_MK, N, dtype if out is None else out.dtype, bias_N, gelu_from, tail, gate, residual, out)
+        numbers = dtype if out is None else out.dtype
+        check_epilogue(x_MK, N, numbers, bias_N, gelu_from, tail, gate, residual, out, swiglu_from)
     elif residual is not None:
         raise ValueError("residual: expected none beside code_scale")
     else:
-        _check_coded(x_MK, weight_NK, bias_N, gelu_from, tail, out, code_scale, dtype)
-    columns = N if tail is None else N - tail.shape[-1]
+        _check_coded(x_MK, weight_NK, bias_N, gelu_from, swiglu_from, tail, out, code_scale, dtype)
+    columns = out_columns(N, gelu_from, swiglu_from, tail)
     return torch.empty((*x_MK.shape[:-1], columns), dtype=dtype, device=x_MK.device) if out is None else out
 
 
 def _check_coded(
-    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gelu_from: int | None, tail: Tensor | None,
-    out: Tensor | None, code_scale: Tensor, dtype: torch.dtype,
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gelu_from: int | None, swiglu_from: int | None,
+    tail: Tensor | None, out: Tensor | None, code_scale: Tensor, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     """An epilogue whose last result is codes; the other, if there is one, is numbers."""
     N, numbers = len(weight_NK), None if tail is None else out
+    check_columns(N, gelu_from, swiglu_from, tail)
     if tail is None:  # nothing that a bias would share its dtype with
         dtype = dtype if bias_N is None else bias_N.dtype
     elif numbers is not None:
         dtype = numbers.dtype
-    check_epilogue(x_MK, N, dtype, bias_N, gelu_from, None, None, None, None)
-    first = 0 if tail is None else gelu_from or 0
-    if tail is not None and not first:
-        raise ValueError(f"gelu_from={gelu_from}: expected 1 to {N - 1}, the first column of tail")
-    if code_scale.ndim > 1 and first % SCALE_BLOCK:
+    check_epilogue(x_MK, N, dtype, bias_N, None, None, None, None, None)
+    first = 0 if tail is None else out_columns(N, gelu_from, swiglu_from, tail)
+    if code_scale.ndim > 1 and swiglu_from is None and first % SCALE_BLOCK:
         raise ValueError(f"gelu_from={first}: expected a multiple of {SCALE_BLOCK}, where a block of codes begins")
     if numbers is not None:
         check_epilogue(x_MK, first, numbers.dtype, None, None, None, None, None, numbers)
     name, codes = ("out", out) if tail is None else ("tail", tail)
     if codes is None:
         raise ValueError("out: expected a place for codes beside code_scale")
+    columns = results_width(N, swiglu_from) - first
     launch.check_device(x_MK, **{name: codes})
     launch.check_dtype(weight_NK.dtype, **{name: codes})
-    launch.check_shape((*x_MK.shape[:-1], N - first), **{name: codes})
+    launch.check_shape((*x_MK.shape[:-1], columns), **{name: codes})
     launch.check_last_dim(**{name: codes})
     launch.row_stride(name, codes)
-    check_scale(x_MK, N - first, code_scale, code_format(codes, code_scale))
+    check_scale(x_MK, columns, code_scale, code_format(codes, code_scale))
 
 
 def launch_form(
     op: str, x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor | None,
-    gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
-    code_scale: Tensor | None,
+    gelu_from: int | None, swiglu_from: int | None, tail: Tensor | None, gate: Tensor | None,
+    residual: Tensor | None, out: Tensor, code_scale: Tensor | None,
 ) -> bool:  # fmt: skip
-    """Runs the kernel that the tile table has for `op` at this size. False where that is the library's."""
+    """Runs the kernel that the tile table has for `op` at this size. False where that is the library's, or has no such
+    SwiGLU.
+    """
     N, K = weight_NK.shape
+    in_blocks = weight_scale.ndim == 2
     bulk = all(size % LIBRARY_ALIGNMENT == 0 for size in (N, K)) and fit_descriptors(
         x_MK, weight_NK, residual, out, tail
     )
     tile = launch.tile(
         op, m=x_MK.numel() // K, n=N, k=K, itemsize=max(x_MK.element_size(), out.element_size()),
-        gelu=int(gelu_from is not None), gated=int(residual is not None),
-        blocked=int(weight_scale.ndim == 2), decoded=int(x_scale is None), bulk=int(bulk),
+        gelu=int(gelu_from is not None), swiglu=int(swiglu_from is not None), gated=int(residual is not None),
+        blocked=int(in_blocks), decoded=int(x_scale is None), bulk=int(bulk),
         coded=int(code_scale is not None and code_scale.ndim > 1),
     )  # fmt: skip
     form = tile.pop("form")
     if form == "blas" or (form == "tma" and (x_scale is None or not bulk)):
         return False
+    if in_blocks and swiglu_from is not None and (swiglu_from % SCALE_BLOCK or (N - swiglu_from) // 2 % SCALE_BLOCK):
+        return False  # a tile's half has scales of two blocks
     launch_kernel: Callable[..., None] = {"pointer": _launch_pointer, "tma": _launch_tma}[form]
     codes = None if code_scale is None else code_format(out if tail is None else tail, code_scale)
     with launch.on_device(x_MK):
         launch_kernel(
-            x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from, tail, gate, residual, out, code_scale, tile,
-            GELU=gelu_from is not None, ONE_GATE=gate is None or len(gate) == 1,
+            x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from, swiglu_from, tail, gate, residual, out,
+            code_scale, tile,
+            GELU=gelu_from is not None, SWIGLU=swiglu_from is not None, ONE_GATE=gate is None or len(gate) == 1,
             SUM=tl.int32 if x_MK.dtype == torch.int8 else tl.float32,
             PROMOTE=x_MK.dtype == torch.float8_e4m3fn and launch.architecture() not in PRECISE_FP8,
-            SCALE_BLOCK=SCALE_BLOCK if weight_scale.ndim == 2 else 0,
+            SCALE_BLOCK=SCALE_BLOCK if in_blocks else 0,
             CODE_BLOCK=SCALE_BLOCK if codes == "fp8_block" else 0,
             LARGEST=LARGEST[codes] if codes else 0.0,
             INTEGER=codes == "int8",
@@ -164,26 +184,26 @@ def launch_form(
 
 def _launch_pointer(
     x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor | None,
-    gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
-    code_scale: Tensor | None, tile: launch.Tile, **constants: Any,
+    gelu_from: int | None, swiglu_from: int | None, tail: Tensor | None, gate: Tensor | None,
+    residual: Tensor | None, out: Tensor, code_scale: Tensor | None, tile: launch.Tile, **constants: Any,
 ) -> None:  # fmt: skip
     N, K = weight_NK.shape
     M = x_MK.numel() // K
-    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
+    grid = (triton.cdiv(M, tile["BLOCK_M"]) * tiles_across(N, swiglu_from, tile["BLOCK_N"]),)
     # fp8 weights that are decoded are read as bytes: as numbers, Triton has them from sm_89 on only
     weight_NK = weight_NK.view(torch.uint8) if x_scale is None else weight_NK
     gemm_8bit_pointer_kernel[grid](
         x_MK, x_scale, weight_NK, weight_scale, bias_N, gate, residual, out, tail, code_scale,
         row_stride(x_MK), _scale_stride(x_scale), *map(row_stride, (gate, residual, out, tail, code_scale)),
-        M, N, K, gelu_from or 0, M // (1 if gate is None else len(gate)),
+        M, N, K, gelu_from or swiglu_from or 0, M // (1 if gate is None else len(gate)),
         EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=FP32_PRODUCT, enable_fp_fusion=True, **constants, **tile,
     )  # fmt: skip
 
 
 def _launch_tma(
     x_MK: Tensor, x_scale: Tensor, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor | None,
-    gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
-    code_scale: Tensor | None, tile: launch.Tile, **constants: Any,
+    gelu_from: int | None, swiglu_from: int | None, tail: Tensor | None, gate: Tensor | None,
+    residual: Tensor | None, out: Tensor, code_scale: Tensor | None, tile: launch.Tile, **constants: Any,
 ) -> None:  # fmt: skip
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
 
@@ -194,13 +214,14 @@ def _launch_tma(
 
     N, K = weight_NK.shape
     M = x_MK.numel() // K
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    tiles = triton.cdiv(M, block_m) * tiles_across(N, swiglu_from, block_n)
+    stored = block_n if constants["CODE_BLOCK"] and swiglu_from is None else block_n // 2  # columns at once
     gemm_8bit_tma_kernel[(min(tiles, processors(x_MK.device)),)](
-        descriptor(x_MK, block_k), x_scale, descriptor(weight_NK, block_k, block_n), weight_scale, bias_N, gate,
-        *(descriptor(t, block_n if constants["CODE_BLOCK"] else block_n // 2) for t in (residual, out, tail)),
-        code_scale,
+        descriptor(x_MK, block_k), x_scale,
+        descriptor(weight_NK, block_k, block_n), pairs_of(weight_NK, swiglu_from, tile), weight_scale, bias_N, gate,
+        *(descriptor(t, stored) for t in (residual, out, tail)), code_scale,
         _scale_stride(x_scale), row_stride(gate), row_stride(code_scale),
-        M, N, K, gelu_from or 0, M // (1 if gate is None else len(gate)),
+        M, N, K, gelu_from or swiglu_from or 0, M // (1 if gate is None else len(gate)),
         enable_fp_fusion=True, **constants, **tile,
     )  # fmt: skip
 
@@ -215,14 +236,15 @@ def _scale_stride(x_scale: Tensor | None) -> int:
 
 def with_coded_epilogue(
     product: Callable[[slice, Tensor | None], Tensor], gelu_from: int | None, tail: Tensor | None, out: Tensor,
-    code_scale: Tensor,
+    code_scale: Tensor, swiglu_from: int | None,
 ) -> Any:  # fmt: skip
     """`with_epilogue` whose last result is codes."""
     codes = out if tail is None else tail
     numbers = torch.empty(codes.shape, dtype=code_scale.dtype, device=codes.device)
     done = with_epilogue(
-        product, gelu_from, None if tail is None else numbers, None, None, numbers if tail is None else out
-    )
+        product, gelu_from, None if tail is None else numbers, None, None, numbers if tail is None else out,
+        swiglu_from,
+    )  # fmt: skip
     quantize_rows_reference(numbers, code_format(codes, code_scale), scale=code_scale, out=codes)
     return out if tail is None else (done[0], tail)
 
@@ -235,21 +257,39 @@ def scale_sums(sums: Tensor, x_scale: Tensor | None, weight_scale: Tensor, bias_
     return sums if bias_N is None else sums.add_(bias_N)
 
 
+def swiglu_pass(
+    product: Callable[..., Tensor], bias_N: Tensor | None, swiglu_from: int, tail: Tensor | None, out: Tensor | None,
+    code_scale: Tensor | None, dtype: torch.dtype, impl: launch.Impl,
+) -> Any:  # fmt: skip
+    """A product by a kernel that has no such epilogue, then `with_swiglu`, whose last result may be codes."""
+    numbers = [t.dtype for t in (bias_N, out) if t is not None and t.dtype in launch.FLOAT_DTYPES]
+    how: dict[str, Any] = {"impl": impl}
+    if code_scale is not None and (codes := out if tail is None else tail) is not None:
+        how |= {"quantize": code_format(codes, code_scale), "code_scale": code_scale}
+    y = product(dtype=numbers[0] if numbers else dtype, impl=impl)
+    return with_swiglu(y, partial(activation, **how), swiglu_from, tail, out)
+
+
 def eager_epilogue(
-    y: Tensor, gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
-    code_scale: Tensor | None,
+    y: Tensor, gelu_from: int | None, swiglu_from: int | None, tail: Tensor | None, gate: Tensor | None,
+    residual: Tensor | None, out: Tensor, code_scale: Tensor | None,
 ) -> object:  # fmt: skip
     """As diffusers runs it after a product, with copies that stand for their shares of `cat`."""
+    first = gelu_from if swiglu_from is None else swiglu_from
+    head, last = y[..., :first], y[..., first:]
+    if swiglu_from is not None:
+        last = eager_swiglu(last)
+    elif gelu_from is not None:
+        last = F.gelu(last, approximate="tanh")
+    if tail is None and first is not None:
+        y = torch.cat([head, last], dim=-1)
     if code_scale is not None:
-        y = torch.cat([y[..., :gelu_from], F.gelu(y[..., gelu_from:], approximate="tanh")], dim=-1)
-        codes, coded = (out, y) if tail is None else (tail, y[..., gelu_from:])
+        codes, coded = (out, y) if tail is None else (tail, last)
         eager_quantize_rows(coded, code_format(codes, code_scale), code_scale, codes)
-        return codes if tail is None else (out.copy_(y[..., :gelu_from]), codes)
+        return codes if tail is None else (out.copy_(head), codes)
     if tail is not None:
-        tail.copy_(F.gelu(y[..., gelu_from:], approximate="tanh"))
-        return out.copy_(y[..., :gelu_from]), tail
-    if gelu_from is not None:
-        y = torch.cat([y[..., :gelu_from], F.gelu(y[..., gelu_from:], approximate="tanh")], dim=-1)
+        tail.copy_(last)
+        return out.copy_(head), tail
     if gate is not None and residual is not None:
         y = residual + gate.unsqueeze(1) * y
     return out.copy_(y)
@@ -259,20 +299,21 @@ def eager_epilogue(
 
 
 def epilogue_inputs(
-    device: str, dtype: torch.dtype, B: int, L: int, N: int, gelu_from: int | None, tail: bool, gated: bool,
-    coded: Format | None = None,
+    device: str, dtype: torch.dtype, B: int, L: int, N: int, gelu_from: int | None, swiglu_from: int | None, tail: bool,
+    gated: bool, coded: Format | None = None,
 ) -> Inputs:  # fmt: skip
     """Results go into slices of one wider buffer, codes into those of another, with one scale or those of blocks."""
     buffer = poisoned((B, L, 2 * N + 16), dtype, device)
     gates = poisoned((B, 3 * N), dtype, device)
-    head = N if not tail or gelu_from is None else gelu_from
+    width = results_width(N, swiglu_from)
+    head = (gelu_from or swiglu_from or 0) if tail else width
     places: dict[str, Tensor | None] = {
-        "tail": buffer[..., N + 16 : 2 * N + 16 - head] if tail else None,
+        "tail": buffer[..., N + 16 : N + 16 + width - head] if tail else None,
         "out": buffer[..., :head],
         "code_scale": None,
     }
     if coded:
-        columns = N - head if tail else N
+        columns = width - head if tail else width
         blocks = -(-columns // SCALE_BLOCK)
         places["tail" if tail else "out"] = torch.empty(
             (B, L, N + columns + 16), dtype=DTYPES[coded], device=device
@@ -283,6 +324,7 @@ def epilogue_inputs(
     return {
         "bias_N": noise((N,), dtype, device, 2),
         "gelu_from": gelu_from,
+        "swiglu_from": swiglu_from,
         "gate": inside(gates, noise((B, N), dtype, device, 3), slice(N, 2 * N)) if gated else None,
         "residual": noise((B, L, N), dtype, device, 4) if gated else None,
         **places,
@@ -295,4 +337,5 @@ def moved_bytes(i: Inputs) -> int:
     if i["out"] is not None:
         return given
     K, tail = i["x_MK"].shape[-1], 0 if i["tail"] is None else i["tail"].shape[-1]
-    return given + i["x_MK"].numel() // K * (len(i["weight_NK"]) - tail) * i["dtype"].itemsize
+    width = results_width(len(i["weight_NK"]), i["swiglu_from"])
+    return given + i["x_MK"].numel() // K * (width - tail) * i["dtype"].itemsize

@@ -11,9 +11,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sgl_diffusion.kernels.gemm_forms import finish, finish_tma, tile_at, with_bias_and_gelu
+from sgl_diffusion.kernels.gemm_forms import (
+    finish,
+    finish_swiglu,
+    finish_tma,
+    first_of_second,
+    halves,
+    tile_at,
+    tile_columns,
+    tile_halves,
+    tiled_columns,
+    with_bias_and_gelu,
+)
 from sgl_diffusion.kernels.microscaling import E4M3_BIAS, e4m3_over_bias
-from sgl_diffusion.kernels.quantize import known_codes, row_scale, to_code
+from sgl_diffusion.kernels.quantize import quantize_tile
 
 # M rows  N output columns  K input columns
 
@@ -44,6 +55,17 @@ def _block_scale(x_scale_ptr, weight_scale_ptr, row, first_n, first_k, K, SCALE_
 
 
 @triton.jit
+def _scale_of_halves(
+    x_scale_ptr, weight_scale_ptr, row, first_left, first_right, first_k, K, BLOCK_N: tl.constexpr,
+    SCALE_BLOCK: tl.constexpr,
+):
+    """The same of a tile whose halves are each within a block."""
+    left = _block_scale(x_scale_ptr, weight_scale_ptr, row, first_left, first_k, K, SCALE_BLOCK)
+    right = _block_scale(x_scale_ptr, weight_scale_ptr, row, first_right, first_k, K, SCALE_BLOCK)
+    return tl.where((tl.arange(0, BLOCK_N) < BLOCK_N // 2)[None, :], left, right)
+
+
+@triton.jit
 def _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N):
     """Numbers from sums of products of codes, whose rows and columns have scales."""
     scale = tl.load(weight_scale_ptr + n, mask=n < N, other=0.0)[None, :]
@@ -54,24 +76,21 @@ def _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N):
 
 
 @triton.jit
-def _coded(
-    y, scale_ptr, scale_stride, m, column, M, columns,
-    CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+def _finish_swiglu(
+    acc, first_m, first_left, first_right, first_product, x_scale_ptr, x_scale_stride, weight_scale_ptr, bias_ptr,
+    out, tail, out_stride_m, tail_stride_m, code_scale_ptr, code_scale_stride, M, N, swiglu_from,
+    SCALE_BLOCK: tl.constexpr, CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
 ):
-    """A tile of codes, as numbers that a conversion rounds: from `column` on, of so many `columns`.
-
-    With blocks the tile is one, and each row's scale is stored, unless the tile is before the first column. Without,
-    there is one scale, which is known.
-    """
-    if CODE_BLOCK:
-        tl.static_assert(y.shape[1] == CODE_BLOCK, "a tile of codes is a block")
-        y = tl.where((column + tl.arange(0, CODE_BLOCK) < columns)[None, :], y, 0.0)
-        scale = row_scale(tl.max(tl.abs(y), axis=1), LARGEST)
-        rows = scale_ptr + m.to(tl.int64) * scale_stride
-        tl.store(rows + column // CODE_BLOCK, scale, mask=m < tl.where(column >= 0, M, 0))
-        return to_code(y, scale[:, None], INTEGER)
-    else:
-        return known_codes(y, scale_ptr, LARGEST, INTEGER)
+    """`finish_swiglu` of a tile's sums."""
+    left, right = halves(acc)
+    if not SCALE_BLOCK:
+        m, n = first_m + tl.arange(0, left.shape[0]), tl.arange(0, left.shape[1])
+        left = _scaled(left, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, first_left + n, M, N)
+        right = _scaled(right, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, first_right + n, M, N)
+    finish_swiglu(
+        left, right, first_m, first_left, first_right, first_product, bias_ptr, out, tail, out_stride_m, tail_stride_m,
+        code_scale_ptr, code_scale_stride, M, N, swiglu_from, CODE_BLOCK, LARGEST, INTEGER,
+    )
 
 
 @triton.jit
@@ -85,12 +104,12 @@ def _finish_coded(
     live = (m < M)[:, None] & (n < N)[None, :]
     row = m.to(tl.int64)[:, None]
     if tail_ptr is None:
-        codes = _coded(acc, code_scale_ptr, code_scale_stride, m, first_n, M, N, CODE_BLOCK, LARGEST, INTEGER)
+        codes = quantize_tile(acc, code_scale_ptr, code_scale_stride, m, first_n, M, N, CODE_BLOCK, LARGEST, INTEGER)
         tl.store(out_ptr + row * out_stride_m + n[None, :], codes.to(out_ptr.dtype.element_ty), mask=live)
     else:
         in_tail = (n >= gelu_from)[None, :]
         tl.store(out_ptr + row * out_stride_m + n[None, :], acc.to(out_ptr.dtype.element_ty), mask=live & ~in_tail)
-        codes = _coded(
+        codes = quantize_tile(
             acc, code_scale_ptr, code_scale_stride, m, first_n - gelu_from, M, N - gelu_from, CODE_BLOCK, LARGEST,
             INTEGER,
         )
@@ -106,11 +125,11 @@ def _finish_coded_tma(
     """The same; out and tail are descriptors, which drop the columns that are not their own."""
     acc = with_bias_and_gelu(acc, bias_ptr, first_n + tl.arange(0, acc.shape[1]), N, gelu_from, GELU)
     if tail is None:
-        codes = _coded(acc, code_scale_ptr, code_scale_stride, m, first_n, M, N, CODE_BLOCK, LARGEST, INTEGER)
+        codes = quantize_tile(acc, code_scale_ptr, code_scale_stride, m, first_n, M, N, CODE_BLOCK, LARGEST, INTEGER)
         out.store([first_m, first_n], codes.to(out.dtype))
     else:
         out.store([first_m, first_n], acc.to(out.dtype))
-        codes = _coded(
+        codes = quantize_tile(
             acc, code_scale_ptr, code_scale_stride, m, first_n - gelu_from, M, N - gelu_from, CODE_BLOCK, LARGEST,
             INTEGER,
         )
@@ -121,17 +140,22 @@ def _finish_coded_tma(
 def gemm_8bit_pointer_kernel(
     x_ptr, x_scale_ptr, weight_ptr, weight_scale_ptr, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr,
     code_scale_ptr, x_stride_m, x_scale_stride, gate_stride_g, residual_stride_m, out_stride_m, tail_stride_m,
-    code_scale_stride, M, N, K, gelu_from, rows_per_gate,
-    SUM: tl.constexpr, PROMOTE: tl.constexpr, SCALE_BLOCK: tl.constexpr, GELU: tl.constexpr, ONE_GATE: tl.constexpr,
-    CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+    code_scale_stride, M, N, K, activated_from, rows_per_gate,
+    SUM: tl.constexpr, PROMOTE: tl.constexpr, SCALE_BLOCK: tl.constexpr, GELU: tl.constexpr, SWIGLU: tl.constexpr,
+    ONE_GATE: tl.constexpr, CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
     EVEN_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """One tile a program."""
-    tl.static_assert(SCALE_BLOCK % BLOCK_N == 0 and SCALE_BLOCK % BLOCK_K == 0, "a block of scales holds whole tiles")
-    first_m, first_n = tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    ROWS: tl.constexpr = HALF_N if SWIGLU else BLOCK_N  # of the weight, one after another
+    tl.static_assert(SCALE_BLOCK % ROWS == 0 and SCALE_BLOCK % BLOCK_K == 0, "a block of scales holds whole tiles")
+    columns = tiled_columns(N, activated_from, BLOCK_N, SWIGLU)
+    first_m, first_n = tile_at(tl.program_id(0), M, columns, BLOCK_M, BLOCK_N, GROUP_M)
     m = first_m + tl.arange(0, BLOCK_M)
-    n = first_n + tl.arange(0, BLOCK_N)
+    n = tile_columns(first_n, N, activated_from, BLOCK_N, SWIGLU)
+    if SWIGLU:
+        first_left, first_right, first_product = tile_halves(first_n, N, activated_from, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     # rows and columns past the end read others and are not stored: no masks in the loop
     x_ptrs = x_ptr + (m % M).to(tl.int64)[:, None] * x_stride_m + k[None, :]
@@ -145,70 +169,113 @@ def gemm_8bit_pointer_kernel(
             x = tl.load(x_ptrs, mask=live[None, :], other=0.0)
             weight = tl.load(weight_ptrs, mask=live[:, None], other=0.0)
         scale = None
-        if SCALE_BLOCK:
+        if SCALE_BLOCK and SWIGLU:
+            scale = _scale_of_halves(
+                x_scale_ptr, weight_scale_ptr, m % M, first_left, first_right, first_k, K, BLOCK_N, SCALE_BLOCK
+            )
+        elif SCALE_BLOCK:
             scale = _block_scale(x_scale_ptr, weight_scale_ptr, m % M, first_n, first_k, K, SCALE_BLOCK)
         acc = _add_product(acc, x, weight, scale, PROMOTE, PRECISION)
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
-    if not SCALE_BLOCK:
-        acc = _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
-    if code_scale_ptr is not None:
-        _finish_coded(
-            acc, m, first_n, bias_ptr, out_ptr, tail_ptr, code_scale_ptr, code_scale_stride, out_stride_m,
-            tail_stride_m, M, N, gelu_from, GELU, CODE_BLOCK, LARGEST, INTEGER,
+    if SWIGLU:
+        _finish_swiglu(
+            acc, first_m, first_left, first_right, first_product, x_scale_ptr, x_scale_stride, weight_scale_ptr,
+            bias_ptr, out_ptr, tail_ptr, out_stride_m, tail_stride_m, code_scale_ptr, code_scale_stride, M, N,
+            activated_from, SCALE_BLOCK, CODE_BLOCK, LARGEST, INTEGER,
         )
     else:
-        finish(
-            acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, gate_stride_g, residual_stride_m,
-            out_stride_m, tail_stride_m, M, N, gelu_from, rows_per_gate, GELU, ONE_GATE,
-        )
+        if not SCALE_BLOCK:
+            acc = _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
+        if code_scale_ptr is not None:
+            _finish_coded(
+                acc, m, first_n, bias_ptr, out_ptr, tail_ptr, code_scale_ptr, code_scale_stride, out_stride_m,
+                tail_stride_m, M, N, activated_from, GELU, CODE_BLOCK, LARGEST, INTEGER,
+            )
+        else:
+            finish(
+                acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, gate_stride_g, residual_stride_m,
+                out_stride_m, tail_stride_m, M, N, activated_from, rows_per_gate, GELU, ONE_GATE,
+            )
 
 
 @triton.jit
 def gemm_8bit_tma_kernel(
-    x, x_scale_ptr, weight, weight_scale_ptr, bias_ptr, gate_ptr, residual, out, tail, code_scale_ptr, x_scale_stride,
-    gate_stride_g, code_scale_stride, M, N, K, gelu_from, rows_per_gate,
-    SUM: tl.constexpr, PROMOTE: tl.constexpr, SCALE_BLOCK: tl.constexpr, GELU: tl.constexpr, ONE_GATE: tl.constexpr,
-    CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+    x, x_scale_ptr, weight, pairs, weight_scale_ptr, bias_ptr, gate_ptr, residual, out, tail, code_scale_ptr,
+    x_scale_stride, gate_stride_g, code_scale_stride, M, N, K, activated_from, rows_per_gate,
+    SUM: tl.constexpr, PROMOTE: tl.constexpr, SCALE_BLOCK: tl.constexpr, GELU: tl.constexpr, SWIGLU: tl.constexpr,
+    ONE_GATE: tl.constexpr, CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
-    """Every program takes many tiles, and loads of the next tile start under the epilogue of the last."""
-    tl.static_assert(SCALE_BLOCK % BLOCK_N == 0 and SCALE_BLOCK % BLOCK_K == 0, "a block of scales holds whole tiles")
+    """Every program takes many tiles, and loads of the next tile start under the epilogue of the last; `pairs` as of
+    `gemm_forms`.
+    """
     HALF_N: tl.constexpr = BLOCK_N // 2
+    ROWS: tl.constexpr = HALF_N if SWIGLU else BLOCK_N  # of the weight, one after another
+    tl.static_assert(SCALE_BLOCK % ROWS == 0 and SCALE_BLOCK % BLOCK_K == 0, "a block of scales holds whole tiles")
     tl.assume(K > 0)  # or Triton 3.6 waits after every wgmma: it sees a loop that may not run
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        first_m, first_n = tile_at(number, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        m = first_m + tl.arange(0, BLOCK_M)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
-        for first_k in range(0, K, BLOCK_K):
-            scale = None
-            if SCALE_BLOCK:
-                scale = _block_scale(x_scale_ptr, weight_scale_ptr, m % M, first_n, first_k, K, SCALE_BLOCK)
-            acc = _add_product(acc, x.load([first_m, first_k]), weight.load([first_n, first_k]).T, scale, PROMOTE, None)
-        if CODE_BLOCK:  # a tile is a block of codes
-            if not SCALE_BLOCK:
-                n = first_n + tl.arange(0, BLOCK_N)
-                acc = _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
-            _finish_coded_tma(
-                acc, m, first_m, first_n, bias_ptr, out, tail, code_scale_ptr, code_scale_stride, M, N, gelu_from,
-                GELU, CODE_BLOCK, LARGEST, INTEGER,
-            )
-        else:
-            # in halves: a whole tile's epilogue holds accumulator and result in registers at once
-            halves = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, HALF_N)), (0, 2, 1)))
-            for half in tl.static_range(2):
-                y, start = halves[half], first_n + half * HALF_N
+    columns = activated_from if SWIGLU else N
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+    if not SWIGLU or tail is not None:
+        for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            first_m, first_n = tile_at(number, M, columns, BLOCK_M, BLOCK_N, GROUP_M)
+            m = first_m + tl.arange(0, BLOCK_M)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+            for first_k in range(0, K, BLOCK_K):
+                scale = None
+                if SCALE_BLOCK and SWIGLU:
+                    scale = _scale_of_halves(
+                        x_scale_ptr, weight_scale_ptr, m % M, first_n, first_n + HALF_N, first_k, K, BLOCK_N,
+                        SCALE_BLOCK,
+                    )
+                elif SCALE_BLOCK:
+                    scale = _block_scale(x_scale_ptr, weight_scale_ptr, m % M, first_n, first_k, K, SCALE_BLOCK)
+                x_tile = x.load([first_m, first_k])
+                acc = _add_product(acc, x_tile, weight.load([first_n, first_k]).T, scale, PROMOTE, None)
+            if CODE_BLOCK and not SWIGLU:  # a tile is a block of codes
                 if not SCALE_BLOCK:
-                    n = start + tl.arange(0, HALF_N)
-                    y = _scaled(y, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
-                if code_scale_ptr is not None:
-                    _finish_coded_tma(
-                        y, m, first_m, start, bias_ptr, out, tail, code_scale_ptr, code_scale_stride, M, N, gelu_from,
-                        GELU, CODE_BLOCK, LARGEST, INTEGER,
+                    n = first_n + tl.arange(0, BLOCK_N)
+                    acc = _scaled(acc, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
+                _finish_coded_tma(
+                    acc, m, first_m, first_n, bias_ptr, out, tail, code_scale_ptr, code_scale_stride, M, N,
+                    activated_from, GELU, CODE_BLOCK, LARGEST, INTEGER,
+                )
+            else:
+                # in halves: a whole tile's epilogue holds accumulator and result in registers at once
+                both = halves(acc)
+                for half in tl.static_range(2):
+                    y, start = both[half], first_n + half * HALF_N
+                    if not SCALE_BLOCK:
+                        n = start + tl.arange(0, HALF_N)
+                        y = _scaled(y, x_scale_ptr, x_scale_stride, weight_scale_ptr, m, n, M, N)
+                    if code_scale_ptr is not None and not SWIGLU:
+                        _finish_coded_tma(
+                            y, m, first_m, start, bias_ptr, out, tail, code_scale_ptr, code_scale_stride, M, N,
+                            activated_from, GELU, CODE_BLOCK, LARGEST, INTEGER,
+                        )
+                    else:
+                        finish_tma(
+                            y, first_m, start, bias_ptr, gate_ptr, residual, out, None if SWIGLU else tail, M, N,
+                            activated_from, gate_stride_g, rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
+                        )
+    if SWIGLU:
+        products = (N - activated_from) // 2
+        pair_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(products, HALF_N)
+        for number in tl.range(first_of_second(tiles), pair_tiles, tl.num_programs(0), flatten=True):
+            first_m, first = tile_at(number, M, products, BLOCK_M, HALF_N, GROUP_M)
+            m = first_m + tl.arange(0, BLOCK_M)
+            first_left, first_right = activated_from + first, activated_from + products + first
+            acc = tl.zeros((BLOCK_M, BLOCK_N), SUM)
+            for first_k in range(0, K, BLOCK_K):
+                scale = None
+                if SCALE_BLOCK:
+                    scale = _scale_of_halves(
+                        x_scale_ptr, weight_scale_ptr, m % M, first_left, first_right, first_k, K, BLOCK_N, SCALE_BLOCK
                     )
-                else:
-                    finish_tma(
-                        y, first_m, start, bias_ptr, gate_ptr, residual, out, tail, M, N, gelu_from, gate_stride_g,
-                        rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
-                    )
+                weight_tile = tl.reshape(pairs.load([0, first, first_k]), (BLOCK_N, BLOCK_K))
+                acc = _add_product(acc, x.load([first_m, first_k]), weight_tile.T, scale, PROMOTE, None)
+            _finish_swiglu(
+                acc, first_m, first_left, first_right, first, x_scale_ptr, x_scale_stride, weight_scale_ptr, bias_ptr,
+                out if tail is None else tail, None, None, None, code_scale_ptr, code_scale_stride, M, N,
+                activated_from, SCALE_BLOCK, CODE_BLOCK, LARGEST, INTEGER,
+            )

@@ -15,9 +15,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sgl_diffusion.kernels import launch
-from sgl_diffusion.kernels.pointwise import gelu_tanh
+from sgl_diffusion.kernels.pointwise import gelu_tanh, silu
+from sgl_diffusion.kernels.quantize import quantize_tile
 
 # M rows  N output columns  K input columns
+# a SwiGLU takes the columns from `activated_from` on: gates, then as many values; columns before them are the head
 
 # fp32 as three tf32 products on tensor cores
 FP32_PRODUCT = "tf32x3"
@@ -33,6 +35,45 @@ def tile_at(number, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M:
     height = tl.minimum(tiles_m - first, GROUP_M)
     within = number % per_group
     return (first + within % height) * BLOCK_M, within // height * BLOCK_N
+
+
+@triton.jit
+def tiled_columns(N, activated_from, BLOCK_N: tl.constexpr, SWIGLU: tl.constexpr):
+    """How many columns tiles count: head and SwiGLU both begin with a tile, and end with one that may be ragged."""
+    if SWIGLU:
+        return (tl.cdiv(activated_from, BLOCK_N) + tl.cdiv((N - activated_from) // 2, BLOCK_N // 2)) * BLOCK_N
+    else:
+        return N
+
+
+@triton.jit
+def tile_halves(first_n, N, activated_from, BLOCK_N: tl.constexpr):
+    """Of those tiles: rows of the weight where the left and the right half begin, and the first product they make.
+
+    A SwiGLU's tile has gates on the left and, on the right, their values. Tiles of the head come before the first
+    product, and their halves are neighbours.
+    """
+    HALF_N: tl.constexpr = BLOCK_N // 2
+    product = (first_n // BLOCK_N - tl.cdiv(activated_from, BLOCK_N)) * HALF_N
+    left = tl.where(product < 0, first_n, activated_from + product)
+    return left, left + tl.where(product < 0, HALF_N, (N - activated_from) // 2), product
+
+
+@triton.jit
+def tile_columns(first_n, N, activated_from, BLOCK_N: tl.constexpr, SWIGLU: tl.constexpr):
+    """Rows of the weight that a tile multiplies."""
+    n = tl.arange(0, BLOCK_N)
+    if SWIGLU:
+        left, right, _ = tile_halves(first_n, N, activated_from, BLOCK_N)
+        return tl.where(n < BLOCK_N // 2, left + n, right + n - BLOCK_N // 2)
+    else:
+        return first_n + n
+
+
+@triton.jit
+def halves(acc):
+    """Left and right half of a tile's columns."""
+    return tl.split(tl.permute(tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
@@ -80,17 +121,73 @@ def finish(
 
 
 @triton.jit
+def _put(y, place, stride_m, m, first_m, first_n, M, columns):
+    """Leaves a tile in a place of so many columns: a pointer, or a descriptor, which has strides of its own."""
+    if stride_m is None:
+        place.store([first_m, first_n], y.to(place.dtype))
+    else:
+        n = first_n + tl.arange(0, y.shape[1])
+        live = (m < M)[:, None] & (n < columns)[None, :]
+        y = y.to(place.dtype.element_ty)
+        tl.store(place + m.to(tl.int64)[:, None] * stride_m + n[None, :], y, mask=live)
+
+
+@triton.jit
+def _put_products(
+    gate, value, place, stride_m, m, first_m, first, M, products, code_scale_ptr, code_scale_stride,
+    CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+):
+    y = silu(gate) * value
+    if code_scale_ptr is not None:
+        y = quantize_tile(
+            y, code_scale_ptr, code_scale_stride, m, first, M, products, CODE_BLOCK, LARGEST, INTEGER
+        )
+    _put(y, place, stride_m, m, first_m, first, M, products)
+
+
+@triton.jit
+def finish_swiglu(
+    left, right, first_m, first_left, first_right, first_product, bias_ptr, out, tail, out_stride_m, tail_stride_m,
+    code_scale_ptr, code_scale_stride, M, N, swiglu_from,
+    CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+):
+    """Epilogue of a tile's halves where there is a SwiGLU: its products, which may be codes, or columns of the head.
+
+    Results go to pointers, or to descriptors, whose strides are None.
+    """
+    m, n = first_m + tl.arange(0, left.shape[0]), tl.arange(0, left.shape[1])
+    left = with_bias_and_gelu(left, bias_ptr, first_left + n, N, 0, False)
+    right = with_bias_and_gelu(right, bias_ptr, first_right + n, N, 0, False)
+    products = (N - swiglu_from) // 2
+    if tail is None:
+        _put_products(
+            left, right, out, out_stride_m, m, first_m, first_product, M, products,
+            code_scale_ptr, code_scale_stride, CODE_BLOCK, LARGEST, INTEGER,
+        )
+    else:
+        if first_product >= 0:
+            _put_products(
+                left, right, tail, tail_stride_m, m, first_m, first_product, M, products,
+                code_scale_ptr, code_scale_stride, CODE_BLOCK, LARGEST, INTEGER,
+            )
+        else:
+            _put(left, out, out_stride_m, m, first_m, first_left, M, swiglu_from)
+            _put(right, out, out_stride_m, m, first_m, first_right, M, swiglu_from)
+
+
+@triton.jit
 def _gemm_pointer_kernel(
     x_ptr, weight_ptr, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr,
     x_stride_m, gate_stride_g, residual_stride_m, out_stride_m, tail_stride_m,
-    M, N, K, gelu_from, rows_per_gate,
-    GELU: tl.constexpr, ONE_GATE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
+    M, N, K, activated_from, rows_per_gate,
+    GELU: tl.constexpr, SWIGLU: tl.constexpr, ONE_GATE: tl.constexpr, EVEN_K: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
     """One tile a program."""
-    first_m, first_n = tile_at(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    columns = tiled_columns(N, activated_from, BLOCK_N, SWIGLU)
+    first_m, first_n = tile_at(tl.program_id(0), M, columns, BLOCK_M, BLOCK_N, GROUP_M)
     m = first_m + tl.arange(0, BLOCK_M)
-    n = first_n + tl.arange(0, BLOCK_N)
+    n = tile_columns(first_n, N, activated_from, BLOCK_N, SWIGLU)
     k = tl.arange(0, BLOCK_K)
     # rows and columns past the end read others and are not stored: no masks in the loop
     x_ptrs = x_ptr + (m % M).to(tl.int64)[:, None] * x_stride_m + k[None, :]
@@ -107,10 +204,18 @@ def _gemm_pointer_kernel(
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
-    finish(
-        acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr,
-        gate_stride_g, residual_stride_m, out_stride_m, tail_stride_m, M, N, gelu_from, rows_per_gate, GELU, ONE_GATE,
-    )
+    if SWIGLU:
+        left, right = halves(acc)
+        first_left, first_right, first_product = tile_halves(first_n, N, activated_from, BLOCK_N)
+        finish_swiglu(
+            left, right, first_m, first_left, first_right, first_product, bias_ptr, out_ptr, tail_ptr,
+            out_stride_m, tail_stride_m, None, None, M, N, activated_from, 0, 0.0, False,
+        )
+    else:
+        finish(
+            acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, gate_stride_g, residual_stride_m,
+            out_stride_m, tail_stride_m, M, N, activated_from, rows_per_gate, GELU, ONE_GATE,
+        )
 
 
 @triton.jit
@@ -132,30 +237,57 @@ def finish_tma(
 
 
 @triton.jit
+def first_of_second(tiles):
+    """This program's first tile of a second kind, where programs took so many of the first in turn."""
+    programs = tl.num_programs(0)
+    return (tl.program_id(0) + programs - tiles % programs) % programs
+
+
+@triton.jit
 def _gemm_tma_kernel(
-    x, weight, bias_ptr, gate_ptr, residual, out, tail,
-    M, N, K, gelu_from, gate_stride_g, rows_per_gate,
-    GELU: tl.constexpr, ONE_GATE: tl.constexpr,
+    x, weight, pairs, bias_ptr, gate_ptr, residual, out, tail,
+    M, N, K, activated_from, gate_stride_g, rows_per_gate,
+    GELU: tl.constexpr, SWIGLU: tl.constexpr, ONE_GATE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
 ):
-    """Every program takes many tiles, and loads of the next tile start under the epilogue of the last."""
+    """Every program takes many tiles, and loads of the next tile start under the epilogue of the last.
+
+    With a SwiGLU, `pairs` is a descriptor of the weight's gates and values, (2, products, K), and weight of the head.
+    """
+    HALF_N: tl.constexpr = BLOCK_N // 2
     tl.assume(K > 0)  # or Triton 3.6 waits after every wgmma: it sees a loop that may not run
-    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
-        first_m, first_n = tile_at(number, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        for k in range(0, K, BLOCK_K):
-            acc = tl.dot(x.load([first_m, k]), weight.load([first_n, k]).T, acc, out_dtype=tl.float32)
-        # in halves: a whole tile's epilogue holds accumulator and result in registers at once
-        left, right = tl.split(tl.permute(tl.reshape(acc, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
-        finish_tma(
-            left, first_m, first_n, bias_ptr, gate_ptr, residual, out, tail,
-            M, N, gelu_from, gate_stride_g, rows_per_gate, GELU, ONE_GATE, BLOCK_M, BLOCK_N // 2,
-        )
-        finish_tma(
-            right, first_m, first_n + BLOCK_N // 2, bias_ptr, gate_ptr, residual, out, tail,
-            M, N, gelu_from, gate_stride_g, rows_per_gate, GELU, ONE_GATE, BLOCK_M, BLOCK_N // 2,
-        )
+    columns = activated_from if SWIGLU else N
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(columns, BLOCK_N)
+    if not SWIGLU or tail is not None:
+        for number in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            first_m, first_n = tile_at(number, M, columns, BLOCK_M, BLOCK_N, GROUP_M)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k in range(0, K, BLOCK_K):
+                acc = tl.dot(x.load([first_m, k]), weight.load([first_n, k]).T, acc, out_dtype=tl.float32)
+            # in halves: a whole tile's epilogue holds accumulator and result in registers at once
+            left, right = halves(acc)
+            finish_tma(
+                left, first_m, first_n, bias_ptr, gate_ptr, residual, out, None if SWIGLU else tail,
+                M, N, activated_from, gate_stride_g, rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
+            )
+            finish_tma(
+                right, first_m, first_n + HALF_N, bias_ptr, gate_ptr, residual, out, None if SWIGLU else tail,
+                M, N, activated_from, gate_stride_g, rows_per_gate, GELU, ONE_GATE, BLOCK_M, HALF_N,
+            )
+    if SWIGLU:
+        products = (N - activated_from) // 2
+        pair_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(products, HALF_N)
+        for number in tl.range(first_of_second(tiles), pair_tiles, tl.num_programs(0), flatten=True):
+            first_m, first = tile_at(number, M, products, BLOCK_M, HALF_N, GROUP_M)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+            for k in range(0, K, BLOCK_K):
+                both = tl.reshape(pairs.load([0, first, k]), (BLOCK_N, BLOCK_K))
+                acc = tl.dot(x.load([first_m, k]), both.T, acc, out_dtype=tl.float32)
+            left, right = halves(acc)
+            finish_swiglu(
+                left, right, first_m, activated_from + first, activated_from + products + first, first, bias_ptr,
+                out if tail is None else tail, None, None, None, None, None, M, N, activated_from, 0, 0.0, False,
+            )
 
 
 # -- launching --------------------------------------------------------------------
@@ -179,25 +311,41 @@ def fit_descriptors(*tensors: Tensor | None) -> bool:
     )
 
 
+def tiles_across(N: int, swiglu_from: int | None, block_n: int) -> int:
+    """As `tiled_columns` has them."""
+    if swiglu_from is None:
+        return triton.cdiv(N, block_n)
+    return triton.cdiv(swiglu_from, block_n) + triton.cdiv((N - swiglu_from) // 2, block_n // 2)
+
+
+def pairs_of(weight_NK: Tensor, swiglu_from: int | None, tile: launch.Tile) -> TensorDescriptor | None:
+    """A SwiGLU's gates and their values: a tile is as many rows of both."""
+    if swiglu_from is None:
+        return None
+    (N, K), half = weight_NK.shape, tile["BLOCK_N"] // 2
+    products = (N - swiglu_from) // 2
+    return TensorDescriptor(weight_NK[swiglu_from:], [2, products, K], [products * K, K, 1], [2, half, tile["BLOCK_K"]])
+
+
 def launch_pointer(
-    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gelu_from: int | None, tail: Tensor | None,
-    gate: Tensor | None, residual: Tensor | None, out: Tensor, tile: launch.Tile,
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gelu_from: int | None, swiglu_from: int | None,
+    tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor, tile: launch.Tile,
 ) -> None:  # fmt: skip
     N, K = weight_NK.shape
     M = x_MK.numel() // K
-    grid = (triton.cdiv(M, tile["BLOCK_M"]) * triton.cdiv(N, tile["BLOCK_N"]),)
+    grid = (triton.cdiv(M, tile["BLOCK_M"]) * tiles_across(N, swiglu_from, tile["BLOCK_N"]),)
     groups = 1 if gate is None else gate.shape[0]
     _gemm_pointer_kernel[grid](
         x_MK, weight_NK, bias_N, gate, residual, out, tail, *map(row_stride, (x_MK, gate, residual, out, tail)),
-        M, N, K, gelu_from or 0, M // groups,
-        GELU=gelu_from is not None, ONE_GATE=groups == 1, EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=FP32_PRODUCT,
-        enable_fp_fusion=True, **tile,
+        M, N, K, gelu_from or swiglu_from or 0, M // groups,
+        GELU=gelu_from is not None, SWIGLU=swiglu_from is not None, ONE_GATE=groups == 1,
+        EVEN_K=K % tile["BLOCK_K"] == 0, PRECISION=FP32_PRODUCT, enable_fp_fusion=True, **tile,
     )  # fmt: skip
 
 
 def launch_tma(
-    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gelu_from: int | None, tail: Tensor | None,
-    gate: Tensor | None, residual: Tensor | None, out: Tensor, tile: launch.Tile,
+    x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None, gelu_from: int | None, swiglu_from: int | None,
+    tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor, tile: launch.Tile,
 ) -> None:  # fmt: skip
     block_m, block_n, block_k = tile["BLOCK_M"], tile["BLOCK_N"], tile["BLOCK_K"]
 
@@ -209,12 +357,12 @@ def launch_tma(
     N, K = weight_NK.shape
     M = x_MK.numel() // K
     groups = 1 if gate is None else gate.shape[0]
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
+    tiles = triton.cdiv(M, block_m) * tiles_across(N, swiglu_from, block_n)
     _gemm_tma_kernel[(min(tiles, processors(x_MK.device)),)](
-        descriptor(x_MK, block_k), descriptor(weight_NK, block_k, block_n), bias_N, gate,
-        *(descriptor(t, block_n // 2) for t in (residual, out, tail)),
-        M, N, K, gelu_from or 0, row_stride(gate), M // groups,
-        GELU=gelu_from is not None, ONE_GATE=groups == 1,
+        descriptor(x_MK, block_k), descriptor(weight_NK, block_k, block_n), pairs_of(weight_NK, swiglu_from, tile),
+        bias_N, gate, *(descriptor(t, block_n // 2) for t in (residual, out, tail)),
+        M, N, K, gelu_from or swiglu_from or 0, row_stride(gate), M // groups,
+        GELU=gelu_from is not None, SWIGLU=swiglu_from is not None, ONE_GATE=groups == 1,
         enable_fp_fusion=True, **tile,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ Why: tensor cores multiply 8-bit numbers twice as fast as 16-bit ones, and weigh
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_diffusion.kernels import launch
-from sgl_diffusion.kernels.gemm import with_epilogue
+from sgl_diffusion.kernels.gemm import ROUNDED_FACTORS, with_epilogue
 from sgl_diffusion.kernels.gemm_8bit import (
     LIBRARY_ALIGNMENT,
     check_operands,
@@ -27,10 +28,11 @@ from sgl_diffusion.kernels.gemm_8bit import (
     moved_bytes,
     result,
     scale_sums,
+    swiglu_pass,
     with_coded_epilogue,
 )
 from sgl_diffusion.kernels.gemm_forms import as_rows, fit_descriptors
-from sgl_diffusion.kernels.op import TOLERANCE, Inputs, Op, inside, noise, poisoned
+from sgl_diffusion.kernels.op import Inputs, Op, inside, noise, poisoned
 from sgl_diffusion.kernels.quantize import SCALE_BLOCK, Format, require_fp8
 
 # M rows  N output columns  K input columns
@@ -40,9 +42,9 @@ CODES = torch.float8_e4m3fn
 
 def gemm_fp8(
     x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor | None = None,
-    *, gelu_from: int | None = None, tail: Tensor | None = None, gate: Tensor | None = None,
-    residual: Tensor | None = None, out: Tensor | None = None, code_scale: Tensor | None = None,
-    dtype: torch.dtype = torch.bfloat16, impl: launch.Impl = "auto",
+    *, gelu_from: int | None = None, swiglu_from: int | None = None, tail: Tensor | None = None,
+    gate: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None,
+    code_scale: Tensor | None = None, dtype: torch.dtype = torch.bfloat16, impl: launch.Impl = "auto",
 ) -> Any:  # fmt: skip
     """Returns `out`, or a new contiguous tensor in `dtype`; with a tail, (out, tail). All that is fp32, bf16 or fp16.
 
@@ -52,13 +54,13 @@ def gemm_fp8(
         x_scale: fp32 (...), a scale a row, as `quantize_rows` and others return it; (1,), one for all; or, beside
             block scales of the weight, (..., ceil(K / 128)).
         weight_NK: e4m3 codes, contiguous. weight_scale: fp32 (N,), or of blocks (ceil(N / 128), ceil(K / 128)).
-        bias_N, gelu_from, tail, gate, residual, out: as of `gemm`, in the dtype of the result.
+        bias_N, gelu_from, swiglu_from, tail, gate, residual, out: as of `gemm`, in the dtype of the result.
         code_scale: fp32; beside it the last result, tail or out, is e4m3 codes, rows evenly apart. (1,) is the scale of
             all of them, to which they saturate; (..., ceil(columns / 128)) is where scales of blocks go, rows evenly
             apart, and gelu_from is a multiple of 128 then.
         dtype: of a new result; `out` has its own.
     Raises:
-        ValueError: a shape, dtype, device or stride that does not fit; a gate without a residual; both epilogues.
+        ValueError: a shape, dtype, device or stride that does not fit; a gate without a residual; two epilogues.
         launch.Unsupported: codes on a GPU before sm_89.
     """
     check_operands(x_MK, x_scale, weight_NK, weight_scale, CODES)
@@ -68,25 +70,29 @@ def gemm_fp8(
         launch.check_shape((-(-N // SCALE_BLOCK), blocks), weight_scale=weight_scale)
         if x_scale is not None:
             launch.check_shape((*x_MK.shape[:-1], blocks), x_scale=x_scale)
-    out = result(x_MK, weight_NK, bias_N, gelu_from, tail, gate, residual, out, code_scale, dtype)
+    given = out
+    out = result(x_MK, weight_NK, bias_N, gelu_from, swiglu_from, tail, gate, residual, out, code_scale, dtype)
     if launch.runs_triton(impl, x_MK):
         if x_scale is not None:
             require_fp8("fp8")
         if launch_form(
-            "gemm_fp8", x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from, tail, gate, residual, out,
-            code_scale,
+            "gemm_fp8", x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from, swiglu_from, tail, gate, residual,
+            out, code_scale,
         ):
             return out if tail is None else (out, tail)
+        if swiglu_from is not None:
+            product = partial(gemm_fp8, x_MK, x_scale, weight_NK, weight_scale, bias_N)
+            return swiglu_pass(product, bias_N, swiglu_from, tail, given, code_scale, dtype, impl)
     return gemm_fp8_reference(
-        x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from=gelu_from, tail=tail, gate=gate, residual=residual,
-        out=out, code_scale=code_scale,
+        x_MK, x_scale, weight_NK, weight_scale, bias_N, gelu_from=gelu_from, swiglu_from=swiglu_from, tail=tail,
+        gate=gate, residual=residual, out=out, code_scale=code_scale,
     )  # fmt: skip
 
 
 def gemm_fp8_reference(
     x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor | None,
-    *, gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
-    code_scale: Tensor | None,
+    *, gelu_from: int | None, swiglu_from: int | None, tail: Tensor | None, gate: Tensor | None,
+    residual: Tensor | None, out: Tensor, code_scale: Tensor | None,
 ) -> Any:  # fmt: skip
     """A product of numbers in fp32, and passes over it. Also the "blas" form on a GPU: cuBLASLt's where that fits."""
     wide = weight_scale.dtype
@@ -107,8 +113,8 @@ def gemm_fp8_reference(
         return y if place is None else place.copy_(y)
 
     if code_scale is not None:
-        return with_coded_epilogue(product, gelu_from, tail, out, code_scale)
-    return with_epilogue(product, gelu_from, tail, gate, residual, out)
+        return with_coded_epilogue(product, gelu_from, tail, out, code_scale, swiglu_from)
+    return with_epilogue(product, gelu_from, tail, gate, residual, out, swiglu_from)
 
 
 def _numbers(x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,8 +154,8 @@ def _library_product(
 
 def eager_gemm_fp8(
     x_MK: Tensor, x_scale: Tensor | None, weight_NK: Tensor, weight_scale: Tensor, bias_N: Tensor,
-    gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None, out: Tensor,
-    code_scale: Tensor | None,
+    gelu_from: int | None, swiglu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None,
+    out: Tensor, code_scale: Tensor | None,
 ) -> object:  # fmt: skip
     """As quantised checkpoints are run without kernels of their own: PyTorch's product, or widened weights."""
     if x_scale is not None and weight_scale.ndim == 1:
@@ -161,13 +167,13 @@ def eager_gemm_fp8(
         else:
             x, weight = x_MK, weight_NK.to(scale.dtype) * scale
         y = F.linear(x.to(bias_N.dtype), weight.to(bias_N.dtype), bias_N)
-    return eager_epilogue(y, gelu_from, tail, gate, residual, out, code_scale)
+    return eager_epilogue(y, gelu_from, swiglu_from, tail, gate, residual, out, code_scale)
 
 
 def _inputs(
     device: str, dtype: torch.dtype, B: int, L: int, K: int, N: int, scales: Literal["row", "tensor", "block"] = "row",
     decoded: bool = False, gelu_from: int | None = None, tail: bool = False, gated: bool = False,
-    coded: Format | None = None,
+    coded: Format | None = None, swiglu_from: int | None = None,
 ) -> Inputs:  # fmt: skip
     x_dtype = dtype if decoded else CODES
     blocks = (-(-N // SCALE_BLOCK), -(-K // SCALE_BLOCK))
@@ -179,7 +185,7 @@ def _inputs(
         "x_scale": None if decoded else noise(x_shape, torch.float32, device, 5).abs() / 8,
         "weight_NK": (noise((N, K), torch.float32, device, 1) * 8).to(CODES),
         "weight_scale": noise(weight_shape, torch.float32, device, 6).abs() * K**-0.5 / 8,
-        **epilogue_inputs(device, dtype, B, L, N, gelu_from, tail, gated, coded),
+        **epilogue_inputs(device, dtype, B, L, N, gelu_from, swiglu_from, tail, gated, coded),
     }
 
 
@@ -206,6 +212,15 @@ OP = Op(
         {"B": 2, "L": 9, "K": 48, "N": 400, "gelu_from": 256, "tail": True, "coded": "fp8_block"},
         {"B": 1, "L": 19, "K": 33, "N": 70, "gelu_from": 30, "tail": True, "coded": "fp8"},
         {"B": 1, "L": 20, "K": 48, "N": 144, "gelu_from": 0, "coded": "fp8"},
+        {"B": 1, "L": 33, "K": 48, "N": 96, "swiglu_from": 0},
+        {"B": 1, "L": 17, "K": 33, "N": 43, "swiglu_from": 5, "tail": True},
+        {"B": 1, "L": 17, "K": 208, "N": 512, "swiglu_from": 256, "tail": True, "scales": "block"},
+        {"B": 1, "L": 5, "K": 136, "N": 256, "swiglu_from": 0, "scales": "block", "decoded": True},
+        {"B": 1, "L": 5, "K": 136, "N": 130, "swiglu_from": 10, "tail": True, "scales": "block"},
+        {"B": 1, "L": 17, "K": 208, "N": 768, "swiglu_from": 256, "tail": True, "scales": "block",
+         "coded": "fp8_block"},
+        {"B": 2, "L": 9, "K": 48, "N": 352, "swiglu_from": 0, "coded": "fp8_block"},
+        {"B": 1, "L": 19, "K": 32, "N": 80, "swiglu_from": 16, "tail": True, "coded": "fp8"},
     ),
     production=(
         {"B": 1, "L": 4096, "K": 3072, "N": 12288, "gelu_from": 0},
@@ -221,9 +236,20 @@ OP = Op(
         {"B": 1, "L": 32, "K": 3072, "N": 12288, "gelu_from": 0, "scales": "block", "coded": "fp8_block"},
         {"B": 1, "L": 32, "K": 3072, "N": 3072, "scales": "block"},
         {"B": 1, "L": 4096, "K": 3072, "N": 12288, "gelu_from": 0, "decoded": True},
+        {"B": 1, "L": 4608, "K": 6144, "N": 55296, "swiglu_from": 18432, "tail": True},
+        {"B": 1, "L": 4608, "K": 6144, "N": 55296, "swiglu_from": 18432, "tail": True, "coded": "fp8"},
+        {"B": 1, "L": 4608, "K": 6144, "N": 55296, "swiglu_from": 18432, "tail": True, "scales": "block",
+         "coded": "fp8_block"},
+        {"B": 1, "L": 4096, "K": 6144, "N": 36864, "swiglu_from": 0},
+        {"B": 1, "L": 4128, "K": 3840, "N": 20480, "swiglu_from": 0, "scales": "block", "coded": "fp8_block"},
+        {"B": 1, "L": 4128, "K": 3840, "N": 20480, "swiglu_from": 0, "scales": "block"},
+        {"B": 1, "L": 32, "K": 3840, "N": 20480, "swiglu_from": 0, "scales": "block", "coded": "fp8_block"},
+        {"B": 1, "L": 32, "K": 3840, "N": 20480, "swiglu_from": 0, "scales": "block"},
+        {"B": 1, "L": 4128, "K": 3840, "N": 20480, "swiglu_from": 0, "decoded": True},
     ),
     cpu=(
         {"B": 1, "L": 256, "K": 512, "N": 2048, "gelu_from": 0},
+        {"B": 1, "L": 256, "K": 512, "N": 2048, "swiglu_from": 0},
         {"B": 2, "L": 128, "K": 1024, "N": 512, "gated": True},
     ),
     forms=(
@@ -232,6 +258,5 @@ OP = Op(
     ),
     bytes=moved_bytes,
     flops=lambda i: 2 * i["x_MK"].numel() * i["weight_NK"].shape[0],
-    # sums of thousands of products; the "blas" form rounds the product before its epilogue
-    tolerance={**TOLERANCE, torch.float32: 2e-6},
+    tolerance=ROUNDED_FACTORS,
 )

@@ -61,6 +61,27 @@ def quantize_blocks(y, scale_ptr, columns, LARGEST: tl.constexpr, SCALE_BLOCK: t
 
 
 @triton.jit
+def quantize_tile(
+    y, scale_ptr, scale_stride, m, column, M, columns,
+    CODE_BLOCK: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr,
+):
+    """Codes of rows m that a program holds from `column` on, of so many `columns`.
+
+    With blocks the tile is one, and each row's scale is stored, unless the tile is before the first column. Without,
+    there is one scale, which is known.
+    """
+    if CODE_BLOCK:
+        tl.static_assert(y.shape[1] == CODE_BLOCK, "a tile of codes is a block")
+        y = tl.where((column + tl.arange(0, CODE_BLOCK) < columns)[None, :], y, 0.0)
+        scale = row_scale(tl.max(tl.abs(y), axis=1), LARGEST)
+        rows = scale_ptr + m.to(tl.int64) * scale_stride
+        tl.store(rows + column // CODE_BLOCK, scale, mask=m < tl.where(column >= 0, M, 0))
+        return to_code(y, scale[:, None], INTEGER)
+    else:
+        return known_codes(y, scale_ptr, LARGEST, INTEGER)
+
+
+@triton.jit
 def quantize_row(
     y, scale_ptr, row, D,
     KNOWN_SCALE: tl.constexpr, LARGEST: tl.constexpr, INTEGER: tl.constexpr, SCALE_BLOCK: tl.constexpr,

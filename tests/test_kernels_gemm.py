@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from kernel_checks import DEVICE, cases, check
 from torch import Tensor
 
 from sgl_diffusion.kernels import gemm as module
+from sgl_diffusion.kernels.activation import activation
 from sgl_diffusion.kernels.gemm import gemm
-from sgl_diffusion.kernels.launch import Impl, forced_tile
+from sgl_diffusion.kernels.launch import Impl, forced_tile, rehearsing
 from sgl_diffusion.kernels.op import Case, rel_l2
 
 pytestmark = pytest.mark.usefixtures("repaired_interpreter", "poisoned_memory")
@@ -33,18 +35,23 @@ def gelu(x: Tensor) -> Tensor:
 def gemm_formula(
     x_MK: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, gelu_from: int | None = None,
     tail: Tensor | None = None, gate: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None,
+    swiglu_from: int | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     y = torch.einsum("...k,nk->...n", x_MK, weight_NK)
     if bias_N is not None:
         y = y + bias_N
     if gelu_from is not None:
         y = torch.cat([y[..., :gelu_from], gelu(y[..., gelu_from:])], dim=-1)
+    if swiglu_from is not None:
+        gates, values = y[..., swiglu_from:].chunk(2, dim=-1)
+        y = torch.cat([y[..., :swiglu_from], gates / (1 + torch.exp(-gates)) * values], dim=-1)
     if gate is not None:
         rows = y.shape[:-1].numel()
         y = y * gate.repeat_interleave(rows // gate.shape[0], dim=0).view(y.shape)
     if residual is not None:
         y = y + residual
-    return y if tail is None else (y[..., :gelu_from], y[..., gelu_from:])
+    first = gelu_from if swiglu_from is None else swiglu_from
+    return y if tail is None else (y[..., :first], y[..., first:])
 
 
 FORMULAS = {"gemm": gemm_formula}
@@ -78,12 +85,53 @@ def test_what_an_epilogue_may_leave_out(form: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("form", ["reference", *TILES])
-def test_only_the_slice_asked_for_is_written(form: str) -> None:
-    x, weight = torch.randn(1, 20, 16, device=DEVICE), torch.randn(48, 16, device=DEVICE)
-    buffer = torch.full((1, 20, 80), 7.0, device=DEVICE)
+@pytest.mark.parametrize("width", [16, 24, 72])
+@pytest.mark.parametrize("head", [0, 8, 32, 40])
+def test_a_swiglu_of_any_width_behind_any_head(form: str, head: int, width: int) -> None:
+    """Tiles of the head and of the products may both be ragged; no bias; new results."""
+    x, weight = torch.randn(2, 19, 16, device=DEVICE), torch.randn(head + 2 * width, 16, device=DEVICE)
+    tail = torch.full((2, 19, width), torch.nan, device=DEVICE) if head else None
     impl: Impl = "torch" if form == "reference" else "triton"
     with forced_tile("gemm", TILES.get(form, {})):
-        head, tail = gemm(x, weight, gelu_from=16, out=buffer[..., 8:24], tail=buffer[..., 32:64], impl=impl)
+        got = gemm(x, weight, swiglu_from=head, tail=tail, impl=impl)  # type: ignore[call-overload]
+    want = gemm_formula(x.double(), weight.double(), tail=tail, swiglu_from=head)
+    if tail is None:
+        assert got.shape == (2, 19, width) and rel_l2(got, want) < 2e-6  # type: ignore[arg-type]
+    else:
+        assert got[1] is tail and got[0].shape == (2, 19, head)
+        assert all(rel_l2(*pair) < 2e-6 for pair in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2e-3), (torch.float16, 2.5e-4)])
+@pytest.mark.parametrize("form", ["pointer", "tma"])
+def test_a_swiglu_in_the_epilogue_is_rounded_once(form: str, dtype: torch.dtype, limit: float) -> None:
+    x, weight, bias = (torch.randn(*s, device=DEVICE).to(dtype) for s in ((40, 32), (96, 32), (96,)))
+    with forced_tile("gemm", TILES[form]):
+        got = gemm(x, weight, bias, swiglu_from=0, impl="triton")
+    want = gemm_formula(x.double(), weight.double(), bias.double(), swiglu_from=0)
+    assert isinstance(want, Tensor) and rel_l2(got, want) < limit
+
+
+def test_on_a_cpu_a_swiglu_has_the_bits_of_a_pass_after_the_product() -> None:
+    x, weight, bias = (torch.randn(*s).bfloat16() for s in ((20, 16), (48, 16), (48,)))
+    y, tail = gemm(x, weight, bias), x.new_empty(20, 12)
+    assert torch.equal(gemm(x, weight, bias, swiglu_from=0), activation(y, "swiglu"))
+    head, _ = gemm(x, weight, bias, swiglu_from=24, tail=tail)
+    assert torch.equal(head, y[:, :24]) and torch.equal(tail, activation(y[:, 24:], "swiglu"))
+
+
+@pytest.mark.parametrize("form", ["reference", *TILES])
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_only_the_slice_asked_for_is_written(swiglu: bool, form: str) -> None:
+    x, weight = torch.randn(1, 20, 16, device=DEVICE), torch.randn(80, 16, device=DEVICE)
+    buffer = torch.full((1, 20, 80), 7.0, device=DEVICE)
+    places: dict[str, Any] = {"out": buffer[..., 8:24], "tail": buffer[..., 32:64]}
+    impl: Impl = "torch" if form == "reference" else "triton"
+    with forced_tile("gemm", TILES.get(form, {})):
+        if swiglu:
+            head, tail = gemm(x, weight, swiglu_from=16, **places, impl=impl)
+        else:
+            head, tail = gemm(x, weight[:48], gelu_from=16, **places, impl=impl)
     assert head.data_ptr() == buffer[..., 8:].data_ptr() and tail.data_ptr() == buffer[..., 32:].data_ptr()
     untouched = torch.ones(80, dtype=torch.bool, device=DEVICE)
     untouched[8:24] = untouched[32:64] = False
@@ -112,6 +160,9 @@ def test_what_descriptors_cannot_address_goes_to_blas(monkeypatch: pytest.Monkey
         ):
             got = gemm(x.to(DEVICE), weight.to(DEVICE), impl="triton")
             assert (got == x.shape[1]).all()
+        # of products there are half as many columns
+        got = gemm(torch.zeros(5, 16, device=DEVICE), torch.ones(12, 16, device=DEVICE), swiglu_from=0, impl="triton")
+        assert got.shape == (5, 6) and (got == 0).all()
         with pytest.raises(AssertionError, match="launched"):
             gemm(torch.ones(5, 16, device=DEVICE), torch.ones(8, 16, device=DEVICE), impl="triton")
 
@@ -122,6 +173,9 @@ def test_meta_tensors_have_the_shapes_of_results() -> None:
         assert gemm(x, weight).shape == (2, 3, 48)
         tail = torch.empty(2, 3, 16, device="meta")
         assert gemm(x, weight, gelu_from=32, tail=tail)[0].shape == (2, 3, 32)
+        with rehearsing("cpu"):
+            assert gemm(x, weight, swiglu_from=16, tail=tail)[0].shape == (2, 3, 16)
+            assert gemm(x, weight, swiglu_from=0).shape == (2, 3, 24)
         gate, residual = torch.empty(2, 48, device="meta"), torch.empty(2, 3, 48, device="meta")
         assert gemm(x, weight, gate=gate, residual=residual).shape == (2, 3, 48)
 
@@ -144,6 +198,18 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: gemm(x3, w, b, gelu_from=8, tail=r3[..., 8:].half()), "tail: dtype float16, expected float32"),
     (lambda: gemm(x3, w, b, gelu_from=8, out=r3[..., :8]), r"out: shape \(2, 3, 8\), expected \(2, 3, 32\)"),
     (lambda: gemm(x3, w, b, gelu_from=0, residual=r3), "residual: expected none beside gelu_from"),
+    (lambda: gemm(x3, w, b, swiglu_from=0, gelu_from=0), "swiglu_from=0: expected none beside gelu_from=0"),
+    (lambda: gemm(x3, w, b, swiglu_from=32), "swiglu_from=32: expected 0 to 31"),
+    (lambda: gemm(x3, w, b, swiglu_from=-2), "swiglu_from=-2: expected 0 to 31"),
+    (lambda: gemm(x3, w, b, swiglu_from=0, tail=r3), "swiglu_from=0: expected 1 to 31, the first column of tail"),
+    (lambda: gemm(x3, w, b, swiglu_from=8), "swiglu_from=8: expected 0, or a tail, where the products go"),
+    (
+        lambda: gemm(x3, w, b, swiglu_from=7, tail=r3[..., :12]),
+        "swiglu_from=7: 25 columns from there on, expected as many gates as values",
+    ),
+    (lambda: gemm(x3, w, b, swiglu_from=8, tail=r3[..., 8:]), r"tail: shape \(2, 3, 24\), expected \(2, 3, 12\)"),
+    (lambda: gemm(x3, w, b, swiglu_from=0, out=r3), r"out: shape \(2, 3, 32\), expected \(2, 3, 16\)"),
+    (lambda: gemm(x3, w, b, swiglu_from=0, residual=r3), "residual: expected none beside swiglu_from"),
     (lambda: gemm(x3, w, b, gate=g), "gate: expected a residual beside it"),
     (lambda: gemm(x3, w, b, gate=g[:, :8], residual=r3), r"gate: shape \(2, 8\), expected \(G, 32\)"),
     (lambda: gemm(x3, w, b, gate=torch.zeros(4, 32), residual=r3), "gate: .* G divides the 6 rows of x_MK"),

@@ -69,7 +69,8 @@ FORMULAS = {"gemm_fp8": gemm_8bit_formula, "gemm_int8": gemm_8bit_formula}
 @pytest.mark.parametrize("case", [*cases([gemm_fp8.OP, gemm_int8.OP])], ids=lambda c: f"{c.op.name}-{c}")
 @pytest.mark.parametrize("form", FORMS)
 def test_matches_the_formula(case: Case, form: str) -> None:
-    with forced(case.op.name, form, **({"BLOCK_N": 128} if case.size.get("coded") == "fp8_block" else {})):
+    wide = {"BLOCK_N": 128 if case.size.get("swiglu_from") is None else 256}  # a tile's results are a block of codes
+    with forced(case.op.name, form, **(wide if case.size.get("coded") == "fp8_block" else {})):
         check(case, impl_of(form), gemm_8bit_formula)
 
 
@@ -97,6 +98,67 @@ def test_what_an_epilogue_may_leave_out(format: str, form: str) -> None:
             assert gemm(*codes, gate=gate, residual=stream, out=stream, impl=impl_of(form)) is stream
             want = gemm_8bit_formula(*codes, gate=gate, residual=residual)
             assert isinstance(want, Tensor) and rel_l2(stream, want) < 2e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("format", ["fp8", "int8"])
+@pytest.mark.parametrize("head", [0, 16, 48])
+def test_a_swiglu_behind_any_head(head: int, format: str, form: str) -> None:
+    """No bias; new results, and codes of a known scale."""
+    gemm = gemm_fp8.gemm_fp8 if format == "fp8" else gemm_int8.gemm_int8
+    codes, width = operands(format, (2, 9), 32, head + 160), 80
+    tail = torch.full((2, 9, width), torch.nan, device=DEVICE) if head else None
+    want = gemm_8bit_formula(*codes, tail=tail, swiglu_from=head)
+    with forced(f"gemm_{format}", form):
+        got = gemm(*codes, swiglu_from=head, tail=tail, dtype=torch.float32, impl=impl_of(form))
+        scale = torch.full((1,), 0.5, device=DEVICE)
+        place = torch.empty(2, 9, width, dtype=codes[0].dtype, device=DEVICE)
+        where = {"tail": place} if head else {"out": place}
+        gemm(*codes, swiglu_from=head, **where, code_scale=scale, dtype=torch.float32, impl=impl_of(form))
+    got, want = (got, want) if head else ((got,), (want,))  # type: ignore[assignment]
+    assert all(rel_l2(*pair) < 2e-6 for pair in zip(got, want, strict=True))
+    exact, _ = quantize_formula(want[-1], "int8" if format == "int8" else "fp8", scale[0])
+    assert rel_l2(place, exact) < (2e-3 if format == "int8" else 1e-2)
+
+
+@pytest.mark.parametrize(("head", "width"), [(0, 64), (64, 128), (128, 192)])
+@pytest.mark.parametrize("form", ["pointer", "tma"])
+def test_halves_of_a_swiglu_that_share_a_block_of_scales_take_a_pass(
+    monkeypatch: pytest.MonkeyPatch, form: str, head: int, width: int
+) -> None:
+    """Blocks of scales begin at the weight's first row: gates and values are whole blocks, or are not multiplied so."""
+    fused: list[bool] = []
+    launch_of_form = getattr(gemm_8bit, f"_launch_{form}")
+
+    def noted(*args: Any, **constants: Any) -> None:
+        fused.append(constants["SWIGLU"])
+        launch_of_form(*args, **constants)
+
+    monkeypatch.setattr(gemm_8bit, f"_launch_{form}", noted)
+    N = head + 2 * width
+    x, x_scale = quantize_rows(torch.randn(2, 9, 160, device=DEVICE), "fp8_block")
+    weight = (torch.randn(N, 160, device=DEVICE) * 8).to(FP8)
+    weight_scale = torch.rand(-(-N // 128), 2, device=DEVICE) / 100
+    tail = torch.full((2, 9, width), torch.nan, device=DEVICE) if head else None
+    how = {"swiglu_from": head, "tail": tail}
+    with forced("gemm_fp8", form):
+        got = gemm_fp8.gemm_fp8(x, x_scale, weight, weight_scale, **how, dtype=torch.float32, impl="triton")
+    want = gemm_8bit_formula(x, x_scale, weight, weight_scale, **how)
+    got, want = (got, want) if head else ((got,), (want,))
+    assert fused == [False] and all(rel_l2(*pair) < 2e-6 for pair in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("coded", ["fp8", "fp8_block"])
+def test_without_a_tile_for_it_a_swiglu_is_a_pass(coded: str) -> None:
+    """Codes come of numbers in the dtype that is asked for."""
+    codes = operands("fp8", (2, 9), 32, 48 + 320)
+    head, tail = torch.empty(2, 9, 48, device=DEVICE), torch.empty(2, 9, 160, dtype=FP8, device=DEVICE)
+    scale = torch.empty(2, 9, 2, device=DEVICE) if coded == "fp8_block" else torch.full((1,), 0.5, device=DEVICE)
+    with forced("gemm_fp8", "blas"):
+        got = gemm_fp8.gemm_fp8(*codes, swiglu_from=48, out=head, tail=tail, code_scale=scale, impl="triton")
+    want = gemm_8bit_formula(*codes, swiglu_from=48, tail=tail, code_scale=scale)
+    assert got[0] is head and got[1] is tail
+    assert rel_l2(head, want[0]) < 2e-6 and rel_l2(tail, want[1]) < 1e-2 and rel_l2(scale, want[2]) < 1e-6
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -226,6 +288,8 @@ def test_meta_tensors_have_the_shapes_of_results() -> None:
             codes: Any = (x.to(dtype), scale, weight.to(dtype), weight_scale)
             assert gemm(*codes).shape == (2, 3, 48)
             assert gemm(*codes, gelu_from=32, tail=tail.bfloat16())[0].shape == (2, 3, 32)
+            with launch.rehearsing("cpu"):
+                assert gemm(*codes, swiglu_from=16, tail=tail.bfloat16())[0].shape == (2, 3, 16)
 
 
 fp8: Callable[..., Any] = gemm_fp8.gemm_fp8
@@ -255,6 +319,24 @@ MISTAKES: list[tuple[Callable[[], object], str]] = [
     (lambda: fp8(x8, s3, w8, sn, sn.half(), out=r3), "bias_N: dtype float16, expected float32"),
     (lambda: fp8(x8, s3, w8, sn, dtype=torch.float64), "dtype=torch.float64: expected float32, bfloat16, float16"),
     (lambda: int8(xi, s3, wi, sn, gelu_from=32), "gelu_from=32: expected 0 to 31"),
+    (lambda: int8(xi, s3, wi, sn, gelu_from=0, swiglu_from=0), "swiglu_from=0: expected none beside gelu_from=0"),
+    (lambda: fp8(x8, s3, w8, sn, swiglu_from=8), "swiglu_from=8: expected 0, or a tail, where the products go"),
+    (
+        lambda: fp8(x8, s3, w8, sn, swiglu_from=7, tail=r8[..., :12], code_scale=sn[:1]),
+        "swiglu_from=7: 25 columns from there on, expected as many gates as values",
+    ),
+    (
+        lambda: fp8(x8, s3, w8, sn, swiglu_from=0, out=r8, code_scale=sn[:1]),
+        r"out: shape \(2, 3, 32\), expected \(2, 3, 16\)",
+    ),
+    (
+        lambda: fp8(x8, s3, w8, sn, swiglu_from=0, out=r8[..., :16], code_scale=blocks_x),
+        r"scale: shape \(2, 3, 2\), expected \(2, 3, 1\)",
+    ),
+    (
+        lambda: fp8(x8, s3, w8, sn, swiglu_from=8, tail=r8[..., 8:], code_scale=sn[:1]),
+        r"tail: shape \(2, 3, 24\), expected \(2, 3, 12\)",
+    ),
     (lambda: fp8(x8, s3, w8, sn, code_scale=sn[:1]), "out: expected a place for codes beside code_scale"),
     (lambda: fp8(x8, s3, w8, sn, out=r3, code_scale=sn[:1]), "out: dtype float32, expected float8_e4m3fn"),
     (lambda: fp8(x8, s3, w8, sn, residual=r3, out=r8, code_scale=sn[:1]), "residual: expected none beside code_scale"),
