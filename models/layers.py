@@ -143,18 +143,30 @@ def for_layers(result: Any, dtype: torch.dtype) -> Any:
     return Codes(values, scale, dtype)
 
 
-def swiglu(x: Tensor, into: nn.Module) -> Any:
-    """silu(a) * b of the halves a and b of (..., 2 D), as the layer that follows reads it."""
-    return for_layers(activation(x, "swiglu", **codes_for(into)), x.dtype)
+def swiglu(layer: nn.Module, x: Tensor | Codes, into: nn.Module) -> Any:
+    """silu(a) * b of the halves a and b of what a layer makes of x, as the layer that follows reads it: by the first
+    layer's epilogue, but where each token's codes have a scale, which no tile knows.
+    """
+    place = code_place(into, x, cast(int, layer.out_features) // 2, writes=written_by(layer))
+    if place is not None:
+        layer(x, swiglu_from=0, out=place)
+        return place
+    how = codes_for(into)
+    if how["quantize"] is None:
+        return layer(x, swiglu_from=0)
+    return for_layers(activation(layer(x), "swiglu", **how), x.dtype)
 
 
-def swiglu_at(place: Tensor | Codes, x: Tensor) -> None:
-    """The same, left there."""
+def swiglu_at(place: Tensor | Codes, layer: nn.Module, x: Tensor | Codes, first: int) -> Tensor:
+    """The same of the layer's outputs from one on, left there. Returns those before it."""
     if isinstance(place, Tensor):
-        activation(x, "swiglu", out=place)
-    else:
-        format = code_format(place.values, place.scale)
-        activation(x, "swiglu", quantize=format, out=place.values, code_scale=place.scale)
+        return cast(Tensor, layer(x, swiglu_from=first, tail=place)[0])
+    format = code_format(place.values, place.scale)
+    if format in written_by(layer):
+        return cast(Tensor, layer(x, swiglu_from=first, tail=place)[0])
+    y = cast(Tensor, layer(x))
+    activation(y[..., first:], "swiglu", quantize=format, out=place.values, code_scale=place.scale)
+    return y[..., :first]
 
 
 # -- layers of many families ----------------------------------------------------------

@@ -18,9 +18,10 @@ from tiny_checkpoints import build_flux
 from tiny_flux2 import HEAD_DIM, build_flux2
 from torch import Tensor, nn
 
+from sgl_diffusion.kernels.activation import activation
 from sgl_diffusion.kernels.gemm import gemm
 from sgl_diffusion.kernels.quantize import quantize_rows
-from sgl_diffusion.models.layers import Codes
+from sgl_diffusion.models.layers import ALL_FORMATS, Codes, Linear, code_place, swiglu, swiglu_at
 from sgl_diffusion.runtime.accounting import counted
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine
@@ -28,7 +29,7 @@ from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.events import Drawn
 from sgl_diffusion.runtime.live_bytes import LiveBytes
 from sgl_diffusion.runtime.pipeline import NativePipeline
-from sgl_diffusion.runtime.quantization.layers import LAYERS, EightBitLinear, QuantizedLinear
+from sgl_diffusion.runtime.quantization.layers import LAYERS, EightBitLinear, QuantizedLinear, SideBySide
 from sgl_diffusion.runtime.quantization.schemes import SCHEMES
 from sgl_diffusion.runtime.quantization.weight import side_by_side
 from sgl_diffusion.runtime.request import resolve_request
@@ -180,6 +181,74 @@ def test_heads_that_are_blocks_hand_on_codes(tmp_path: Path) -> None:
     for layer in layers_of(engine).values():
         layer.__dict__["code_place"] = lambda shape, like: None
     assert torch.equal(drawn(engine, **SIZES["flux"]), got)
+
+
+def layer_of(kind: str, outputs: int, inputs: int, known_scale: bool = False) -> nn.Module:
+    """Of a scheme, or "full"; calibrated, if asked for."""
+    weight = torch.randn(outputs, inputs, generator=torch.Generator().manual_seed(outputs))
+    if kind == "full":
+        layer = Linear(inputs, outputs, bias=False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        return layer
+    if kind == "side by side":
+        parts = [layer_of("int8", outputs // 4, inputs), layer_of("full", outputs - outputs // 4, inputs)]
+        return SideBySide(parts)
+    quantized = SCHEMES[kind].quantize(weight)
+    layer = LAYERS[quantized.kind](quantized, None)
+    if known_scale:
+        layer.input_scale, layer.names = nn.Parameter(torch.tensor([0.5]), False), (*layer.names, "input_scale")
+    return layer
+
+
+@pytest.mark.parametrize(
+    ("kind", "into", "known_scale", "passes"),
+    [
+        ("full", "full", False, 0),
+        ("full", "fp8", False, 1),
+        ("full", "fp8_block", False, 1),
+        ("full", "int8", True, 1),
+        ("fp8", "full", False, 0),
+        ("fp8", "fp8", False, 1),
+        ("fp8", "fp8", True, 0),
+        ("fp8", "fp8_block", False, 0),
+        ("fp8_block", "fp8_block", False, 0),
+        ("int8", "int8", False, 1),
+        ("int8", "int8", True, 0),
+        ("int8", "fp8", True, 1),
+        ("int4", "int4", False, 1),
+        ("int4", "fp8_block", False, 1),
+        ("svdquant", "svdquant", False, 1),
+        ("mxfp8", "full", False, 1),
+        ("side by side", "full", False, 1),
+        ("side by side", "fp8_block", False, 1),
+    ],
+)
+def test_a_swiglu_is_a_pass_only_where_no_epilogue_can_have_it(
+    kind: str, into: str, known_scale: bool, passes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a feed-forward's first layer, and of one that has a head; the numbers are those of the pass."""
+    layer, reader = layer_of(kind, 128 + 512, 128), layer_of(into, 128, 256, known_scale)
+    first, x = layer_of(kind, 512, 128), torch.randn(2, 5, 128)
+    y, both = layer(x), first(x)
+    want = reader(activation(both, "swiglu")), reader(activation(y[..., 128:], "swiglu"))
+    taken: list[str] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        taken.append(args[1])
+        return activation(*args, **kwargs)
+
+    for module in ("models.layers", "runtime.quantization.layers"):
+        monkeypatch.setattr(f"sgl_diffusion.{module}.activation", noted)
+    assert torch.equal(reader(swiglu(first, x, reader)), want[0])
+    assert taken == ["swiglu"] * passes
+    taken.clear()
+    place: Any = code_place(reader, x, 256, writes=ALL_FORMATS)
+    coded = place is not None
+    place = place if coded else x.new_empty(2, 5, 256)
+    assert torch.equal(swiglu_at(place, layer, x, 128), y[..., :128])
+    assert torch.equal(reader(place), want[1])
+    # a scale of each token is not known before the last column: what is left there is numbers
+    assert len(taken) == (passes if coded or kind not in ("full", "fp8", "int8") else 0)
 
 
 def test_rows_and_columns_of_codes() -> None:

@@ -140,7 +140,7 @@ class FeedForward(nn.Module):
         self.linear_out = Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor | Codes, out: Tensor | None = None) -> Tensor:
-        return cast(Tensor, self.linear_out(swiglu(self.linear_in(x), self.linear_out), out=out))
+        return cast(Tensor, self.linear_out(swiglu(self.linear_in, x, self.linear_out), out=out))
 
 
 class DoubleBlock(nn.Module):
@@ -179,9 +179,7 @@ class ParallelAttention(nn.Module):
         mixed: Any = code_place(self.to_out, x_BLD, D, both - D, writes=ALL_FORMATS)
         mixed = x_BLD.new_empty(B, L, both) if mixed is None else mixed
         seen, mlp = mixed.split((D, both - D), dim=-1)
-        projected = self.to_qkv_mlp_proj(x_BLD)
-        swiglu_at(mlp, projected[..., 3 * D :])
-        qkv = projected[..., : 3 * D].unflatten(-1, (3, -1, self.head_dim))
+        qkv = swiglu_at(mlp, self.to_qkv_mlp_proj, x_BLD, 3 * D).unflatten(-1, (3, -1, self.head_dim))
         q, k, v = qkv.unbind(2)
         stream = Stream(qkv, self.norm_q.weight, self.norm_k.weight)
         qk_norm_rope([stream], rotary.cos, rotary.sin, q, k, None, eps=EPS)

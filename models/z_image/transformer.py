@@ -195,7 +195,7 @@ class FeedForward(nn.Module):
         self.w2 = Linear(config.hidden, config.dim, bias=False)
 
     def forward(self, x: Tensor | Codes) -> Tensor:
-        return cast(Tensor, self.w2(swiglu(self.w13(x), self.w2)))
+        return cast(Tensor, self.w2(swiglu(self.w13, x, self.w2)))
 
 
 class Block(nn.Module):

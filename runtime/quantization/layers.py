@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sgl_diffusion.kernels import launch
+from sgl_diffusion.kernels.activation import activation
+from sgl_diffusion.kernels.gemm import with_swiglu
 from sgl_diffusion.kernels.gemm_fp8 import gemm_fp8
 from sgl_diffusion.kernels.gemm_int8 import gemm_int8
 from sgl_diffusion.kernels.gemm_mx import gemm_mx, native_microscaling
@@ -112,7 +114,21 @@ class EightBitLinear(QuantizedLinear):
         return "gemm_fp8" if self.multiplies_codes else "gemm_fp8, weights decoded"
 
 
-class GroupedLinear(QuantizedLinear):
+class SwiGLUAfterwards(QuantizedLinear):
+    """Layers whose kernels have no SwiGLU in their epilogue: it is a pass over the product."""
+
+    def forward(self, x: Tensor, **epilogue: Any) -> Any:
+        """Arguments and result as of `models.layers.Linear`."""
+        if "swiglu_from" in epilogue:
+            return with_swiglu(self.multiply(x), activation, **epilogue)
+        return self.multiply(x, **epilogue)
+
+    @abstractmethod
+    def multiply(self, x: Tensor, **epilogue: Any) -> Any:
+        """The same with epilogues that the kernel has."""
+
+
+class GroupedLinear(SwiGLUAfterwards):
     """Weights of 4 or 8 bits in groups, decoded while a kernel multiplies; with a low-rank branch, if there is one.
 
     What has such a branch was made for activations of few bits (SVDQuant): there they are int8, by the pass that
@@ -129,8 +145,7 @@ class GroupedLinear(QuantizedLinear):
             weight.kind == "w4" and weight.down_RK is not None and weight.table is None and columns >= INT8_GROUP
         )
 
-    def forward(self, x: Tensor, **epilogue: Any) -> Any:
-        """Arguments and result as of `models.layers.Linear`."""
+    def multiply(self, x: Tensor, **epilogue: Any) -> Any:
         w, x, multiply = self.quantized, x.contiguous(), gemm_w4 if self.kind == "w4" else gemm_w8
         how = {"offset_NG": w.offset, **epilogue}
         if self.kind == "w4":
@@ -150,14 +165,13 @@ class GroupedLinear(QuantizedLinear):
         return f"{name} with int8 activations and a low-rank branch" if self.int8_activations else name
 
 
-class MicroscaledLinear(QuantizedLinear):
+class MicroscaledLinear(SwiGLUAfterwards):
     """mxfp8 and nvfp4: codes by codes where the GPU has instructions for it, else decoded while a kernel multiplies."""
 
     codes: Tensor
     scale: Tensor
 
-    def forward(self, x: Tensor, **epilogue: Any) -> Any:
-        """Arguments and result as of `models.layers.Linear`."""
+    def multiply(self, x: Tensor, **epilogue: Any) -> Any:
         w, x, format = self.quantized, x.contiguous(), cast(MxFormat, self.kind)
         how = {"format": format, "weight_global_scale": w.global_scale, **epilogue}
         if not self.weight_only and _gpu(x) and native_microscaling():
@@ -207,10 +221,13 @@ class SideBySide(nn.Module):
         return read_by(*self.parts)
 
     def forward(
-        self, x: Tensor | Codes, *, gelu_from: int | None = None, tail: Tensor | None = None,
-        gate: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None,
+        self, x: Tensor | Codes, *, gelu_from: int | None = None, swiglu_from: int | None = None,
+        tail: Tensor | None = None, gate: Tensor | None = None, residual: Tensor | None = None,
+        out: Tensor | None = None,
     ) -> Any:  # fmt: skip
         """Arguments and result as of `models.layers.Linear`."""
+        if swiglu_from is not None:  # gates and their values may be of different layers
+            return with_swiglu(self(x), activation, swiglu_from, tail, out)
         head = self.out_features if tail is None else cast(int, gelu_from)
         out = x.new_empty(*x.shape[:-1], head) if out is None else out
         start = 0
