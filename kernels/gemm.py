@@ -76,6 +76,7 @@ def gemm(
         and (out is not None or columns * x_MK.element_size() % TMA_ALIGNMENT == 0)
     ):
         form = "blas"
+    launch.took("gemm", form if launch.runs_triton(impl, x_MK) else "torch", N, K)
     if form == "blas":
         if swiglu_from is not None and launch.runs_triton(impl, x_MK):
             y = _product(x_MK, weight_NK, bias_N)

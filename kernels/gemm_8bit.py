@@ -165,6 +165,7 @@ def launch_form(
         return False
     if in_blocks and swiglu_from is not None and (swiglu_from % SCALE_BLOCK or (N - swiglu_from) // 2 % SCALE_BLOCK):
         return False  # a tile's half has scales of two blocks
+    launch.took(op, form, N, K)
     launch_kernel: Callable[..., None] = {"pointer": _launch_pointer, "tma": _launch_tma}[form]
     codes = None if code_scale is None else code_format(out if tail is None else tail, code_scale)
     with launch.on_device(x_MK):

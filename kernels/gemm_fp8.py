@@ -101,15 +101,18 @@ def gemm_fp8_reference(
 
     def product(columns: slice, place: Tensor | None) -> Tensor:
         weight, bias = weight_NK[columns], None if bias_N is None else bias_N[columns]
+        form = "torch"
         if blocked:
             y = F.linear(x_MK, weight)
             y = y if bias is None else y.add_(bias)
         elif x_scale is not None and out.dtype == torch.bfloat16 and _library_takes(x_MK, weight):
+            form = "blas"
             y = _library_product(x_MK, x_scale, weight, weight_scale[columns], bias, out.dtype)
         else:
             # numbers of 16 bits stay as they are on a GPU, which multiplies them ten times as fast as wider ones
             x = x_MK if x_scale is None and not launch.on_cpu(x_MK) else x_MK.to(wide)
             y = scale_sums(F.linear(x, _weight_numbers(weight, x.dtype)).to(wide), x_scale, weight_scale[columns], bias)
+        launch.took("gemm_fp8", form, *weight.shape)
         return y if place is None else place.copy_(y)
 
     if code_scale is not None:

@@ -99,7 +99,9 @@ def gemm_int8_reference(
 
 def _sums(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     """Exact sums of products: int32 (..., N)."""
-    if _library_takes(x_MK, weight_NK):
+    library = _library_takes(x_MK, weight_NK)
+    launch.took("gemm_int8", "blas" if library else "torch", *weight_NK.shape)
+    if library:
         return torch._int_mm(as_rows(x_MK), weight_NK.mT).view(*x_MK.shape[:-1], -1)
     pairs = zip(x_MK.split(EXACT_COLUMNS, dim=-1), weight_NK.split(EXACT_COLUMNS, dim=-1), strict=True)
     first, *rest = (F.linear(x.float(), weight.float()).int() for x, weight in pairs)

@@ -92,7 +92,11 @@ def gemm_mx(
     check_epilogue(x_MK, N, dtype, bias_N, gelu_from, tail, gate, residual, out)
     if out is None:
         out = x_MK.new_empty((*x_MK.shape[:-1], N if tail is None else N - tail.shape[-1]), dtype=dtype)
-    if not launch.runs_triton(impl, x_MK):
+    form = "torch"
+    if launch.runs_triton(impl, x_MK):
+        form = "pointer" if x_scales is None else "dot_scaled"
+    launch.took("gemm_mx", form, N, weight_scales.shape[1] * BLOCK[format])
+    if form == "torch":
         return gemm_mx_reference(
             x_MK, weight_codes, weight_scales, bias_N, format=format, weight_global_scale=weight_global_scale,
             x_scales=x_scales, x_global_scale=x_global_scale,

@@ -178,6 +178,32 @@ def _table_name(capability: int) -> str:
     return "sm_89"  # sm_86, sm_89 and sm_120 have about 100 KB of shared memory a block
 
 
+# -- what ran -----------------------------------------------------------------------
+
+Products = dict[str, dict[str, set[str]]]
+"""Op -> form -> weights that were multiplied so, by their sizes "NxK". Forms are those of the tile tables: a kernel of
+ours, or "blas", which is the library's (cuBLAS, cuBLASLt); or "torch", PyTorch's own way, as on a CPU.
+"""
+
+_noted: ContextVar[Products | None] = ContextVar("products that are noted", default=None)
+
+
+@contextmanager
+def noting(products: Products) -> Iterator[None]:
+    """Inside the `with`, adds what every product with a weight was computed by. Not in code of torch.compile."""
+    token = _noted.set(products)
+    try:
+        yield
+    finally:
+        _noted.reset(token)
+
+
+def took(op: str, form: str, N: int, K: int) -> None:
+    """Says by what a weight is multiplied now."""
+    if not torch.compiler.is_compiling() and (products := _noted.get()) is not None:
+        products.setdefault(op, {}).setdefault(form, set()).add(f"{N}x{K}")
+
+
 # -- arguments --------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from sgl_diffusion.kernels.launch import Products, noting
 from sgl_diffusion.models.family import ENCODERS, Condition, Phase
 from sgl_diffusion.models.text import PromptTooLong
 from sgl_diffusion.runtime import denoise
@@ -140,6 +141,7 @@ class NativePipeline:
         self.folders, self.mesh, self.lockstep, plan = folders, blueprint.mesh, lockstep, blueprint.plan
         self.memory = memory or MemoryPlanner(blueprint, args)
         self.last_run: tuple[Workload, bool] | None = None  # and whether it was decoded in tiles
+        self.products: Products = {}  # of all denoising so far: a captured step is replayed without a word
         loaded = load_parts(blueprint, folders, args)
         self.parts, self.loaded, self.quantization = loaded.parts, loaded.reports, loaded.quantization
         self.attention, self.encoder_attention = loaded.attention, loaded.encoder_attention
@@ -286,7 +288,7 @@ class NativePipeline:
                 keeps_norm=self.family.keeps_norm, gather=self.mesh.cfg.all_gather if here is not branches else None,
             )  # fmt: skip
             for i in state.left(phase.steps):
-                with watch.span("denoise_step"), gauge.stage("denoising"):
+                with watch.span("denoise_step"), gauge.stage("denoising"), noting(self.products):
                     step = next(loop)
                 record(f"prediction_{i}", step.velocity)
                 yield StepDone(i + 1, schedule.steps, BetweenSteps(self, job, branches[0], step))
@@ -347,6 +349,7 @@ class NativePipeline:
             "attention": {**used, **self.encoder_attention},
             "precision": {key: dtype_name(d) for key, d in self.plan.dtypes.items()},
             "quantization": self.quantization,
+            "products": {op: {form: sorted(sizes) for form, sizes in by.items()} for op, by in self.products.items()},
             "vae": {"tiling": self.last_run is not None and self.last_run[1], "slicing": self.plan.vae_slicing},
             "compile": self.compiled,
             "offload": self.offload.report(steps),

@@ -278,6 +278,8 @@ class Report(BaseModel):
             sizes = f"{q['weights_mb']:,.1f} MiB instead of {q['in_full_mb']:,.1f} MiB"
             layers = f"{products}, {sum(q['kept'].values())} kept"
             lines.append(f"quantization {key}={q['format']}: layers: {layers}; {sizes}")
+        if by_op := e.get("products"):
+            lines.append("products " + "; ".join(f"{op} by {', '.join(by)}" for op, by in by_op.items()))
         if self.load is not None:
             lines.append(self.load.summary())
         if self.memory is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -408,6 +409,11 @@ def test_the_receipt(tiny: Callable[[str], Path], tmp_path: Path) -> None:
     assert reasons.pop("quantization_ignored_layers has single_transformer_blocks.0.*") == 3  # its modulation as well
     assert reasons.pop("outside of the blocks") > 0 and not reasons
     assert f"quantization transformer=fp8: layers: {told['layers']} by gemm_fp8" in done.stdout + done.stderr
+    products = report["effective"]["products"]
+    assert {op: list(by) for op, by in products.items()} == {"gemm": ["torch"], "gemm_fp8": ["torch"]}
+    assert re.search(
+        r"products (gemm by torch; gemm_fp8|gemm_fp8 by torch; gemm) by torch\n", done.stdout + done.stderr
+    )
     flops = {stage["name"]: stage["classes"] for stage in report["accounting"]["stages"]}
     assert flops["denoising"]["gemm_fp8"]["flops"] > flops["denoising"]["gemm"]["flops"] > 0
 
