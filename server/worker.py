@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.runtime.option import parse
-from sgl_diffusion.runtime.parallel.launch import as_rank, launch
+from sgl_diffusion.runtime.parallel.launch import as_rank, launch, of_a_lost_rank
 from sgl_diffusion.runtime.parallel.layout import read_layout
 from sgl_diffusion.runtime.parallel.ranks import speaks, started_ranks
 from sgl_diffusion.server.folders import Folders
@@ -96,7 +96,10 @@ class Worker:
             try:
                 batch.draw()
             except Exception as e:
-                log.exception("an unforeseen failure")
+                if engine.lockstep.broken and of_a_lost_rank(e):  # where it was waiting is no news
+                    log.error("another rank is gone, or did not answer: %s", str(e).splitlines()[0])
+                else:
+                    log.exception("an unforeseen failure")
                 if is_fatal(e) or engine.lockstep.broken:
                     self.tell(Broken(reason=str(e).splitlines()[0]))
                     os._exit(1)

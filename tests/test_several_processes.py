@@ -258,6 +258,7 @@ def test_a_server_outlives_a_killed_rank(tmp_path: Path) -> None:
         assert answer and answer[0][0] == 200, answer
         info = server.get("/server_info")
         assert info["engine"]["restarts"] == 1 and (info["jobs"]["completed"], info["jobs"]["failed"]) == (1, 0)
+        assert not any("Traceback" in line for line in server.lines), server.lines
 
 
 def test_a_server_on_two_hosts_outlives_a_killed_rank(tmp_path: Path, alone: np.ndarray[Any, Any]) -> None:

@@ -176,12 +176,17 @@ def as_rank() -> Iterator[None]:
         raise
     except Exception as e:
         told = " ".join(str(e).split())[:500]
-        if lost := any(words in told for words in LOST_PEER):
+        if lost := of_a_lost_rank(e):
             told = f"another rank is gone, or did not answer within dist_timeout ({told})"
         _leave_word(f"{type(e).__name__}: {told}", echo=lost)
         if launcher is not None and lost:
             sys.exit(1)  # where it was waiting is no news
         raise
+
+
+def of_a_lost_rank(error: Exception) -> bool:
+    """Whether what failed here is a message to or from another rank."""
+    return any(words in str(error) for words in LOST_PEER)
 
 
 def _leave_word(told: str, *, echo: bool = False) -> None:
