@@ -4,7 +4,9 @@ Shapes: x_MK, codes of 4 bits (N, K / 2) or of 8 (N, K), scale_NG -> out_MN, whe
 Products of half precision or fp32 are summed in fp32, those of 8-bit activations within a group of columns in int32.
 Why: a weight of 4 bits and its scales take a quarter of one in bf16, and most released quantised checkpoints have such
 weights. "pointer" decodes tiles inside the product. From a few thousand rows on decoding would keep tensor cores
-waiting; "dequantize" decodes the layer in a pass of its own, then calls the library. Which is a row of the tile table.
+waiting; "dequantize" decodes the layer in a pass of its own, then calls the library. "tma" is "pointer" for Hopper and
+later: persistent programs, and weights that go from the decoder straight to the tensor cores. Which is a row of the
+tile table.
 
     SVDQuant (Li et al. 2024): x weight^T is about (x / smooth) codes^T + (x down^T) up^T, and `low` is x down^T,
     which `low_rank.py` computes.
@@ -21,10 +23,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sgl_diffusion.kernels import launch
-from sgl_diffusion.kernels.gemm import check_epilogue, gemm_reference, with_epilogue
-from sgl_diffusion.kernels.gemm_w4_forms import launch_decode, launch_pointer
+from sgl_diffusion.kernels.activation import activation
+from sgl_diffusion.kernels.gemm import (
+    check_epilogue,
+    eager_swiglu,
+    gemm_reference,
+    out_columns,
+    results_width,
+    with_epilogue,
+    with_swiglu,
+)
+from sgl_diffusion.kernels.gemm_forms import fit_descriptors
+from sgl_diffusion.kernels.gemm_w4_forms import launch_decode, launch_pointer, launch_tma
 from sgl_diffusion.kernels.grouped import Grouped, check_grouped, decode
-from sgl_diffusion.kernels.low_rank import check_rank
+from sgl_diffusion.kernels.low_rank import check_branch
 from sgl_diffusion.kernels.op import TOLERANCE, Inputs, Op, Size, inside, noise, poisoned
 
 # M rows  N output columns  K input columns  G groups of columns that share a scale  R columns of the low-rank branch
@@ -34,9 +46,9 @@ def gemm_w4(
     x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None,
     *, offset_NG: Tensor | None = None, table: Tensor | None = None, x_scale: Tensor | None = None,
     smooth_K: Tensor | None = None, low_MR: Tensor | None = None, up_NR: Tensor | None = None,
-    gelu_from: int | None = None, tail: Tensor | None = None, gate: Tensor | None = None,
-    residual: Tensor | None = None, out: Tensor | None = None, dtype: torch.dtype | None = None,
-    impl: launch.Impl = "auto",
+    gelu_from: int | None = None, swiglu_from: int | None = None, tail: Tensor | None = None,
+    gate: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None,
+    dtype: torch.dtype | None = None, impl: launch.Impl = "auto",
 ) -> Any:  # fmt: skip
     """A linear layer with a weight of 4 bits. Returns `out`, or a new contiguous tensor; with a tail, (out, tail).
 
@@ -52,7 +64,7 @@ def gemm_w4(
             Codes are of inputs that were divided before.
         low_MR, up_NR: (..., R) and (N, R), R a multiple of 16 up to 128, in the dtype of the result;
             low_MR up_NR^T is added to the product.
-        bias_N, gelu_from, tail, gate, residual, out: as `gemm` takes them, in the dtype of the result.
+        bias_N, gelu_from, swiglu_from, tail, gate, residual, out: as `gemm` takes them, in the dtype of the result.
         dtype: of a new result of codes; otherwise it is that of x.
     Raises:
         ValueError: a shape, dtype, device or stride that does not fit; arguments that exclude each other.
@@ -67,7 +79,7 @@ def gemm_w4(
         launch.check_float(x_MK, x_MK=x_MK)
         launch.check_dtype(dtype or x_MK.dtype, x_MK=x_MK)
     return _product(
-        "gemm_w4", x_MK, x_scale, weight, low_MR, up_NR, bias_N, gelu_from, tail, gate, residual, out,
+        "gemm_w4", x_MK, x_scale, weight, low_MR, up_NR, bias_N, gelu_from, swiglu_from, tail, gate, residual, out,
         dtype or x_MK.dtype, impl,
     )  # fmt: skip
 
@@ -76,8 +88,8 @@ def gemm_w8(
     x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None,
     *, offset_NG: Tensor | None = None, smooth_K: Tensor | None = None,
     low_MR: Tensor | None = None, up_NR: Tensor | None = None,
-    gelu_from: int | None = None, tail: Tensor | None = None, gate: Tensor | None = None,
-    residual: Tensor | None = None, out: Tensor | None = None, impl: launch.Impl = "auto",
+    gelu_from: int | None = None, swiglu_from: int | None = None, tail: Tensor | None = None,
+    gate: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None, impl: launch.Impl = "auto",
 ) -> Any:  # fmt: skip
     """The same with a weight of 5 to 8 bits: int8 codes (N, K), contiguous; weight = scale * code, + offset if given.
 
@@ -89,46 +101,58 @@ def gemm_w8(
     launch.check_dtype(torch.int8, codes=codes)
     launch.check_float(x_MK, x_MK=x_MK)
     return _product(
-        "gemm_w8", x_MK, None, weight, low_MR, up_NR, bias_N, gelu_from, tail, gate, residual, out, x_MK.dtype, impl
-    )
+        "gemm_w8", x_MK, None, weight, low_MR, up_NR, bias_N, gelu_from, swiglu_from, tail, gate, residual, out,
+        x_MK.dtype, impl,
+    )  # fmt: skip
 
 
 def _product(
     op: str, x_MK: Tensor, x_scale: Tensor | None, weight: Grouped, low_MR: Tensor | None, up_NR: Tensor | None,
-    bias_N: Tensor | None, gelu_from: int | None, tail: Tensor | None, gate: Tensor | None, residual: Tensor | None,
-    out: Tensor | None, dtype: torch.dtype, impl: launch.Impl,
+    bias_N: Tensor | None, gelu_from: int | None, swiglu_from: int | None, tail: Tensor | None, gate: Tensor | None,
+    residual: Tensor | None, out: Tensor | None, dtype: torch.dtype, impl: launch.Impl,
 ) -> Any:  # fmt: skip
     check_grouped(x_MK, weight)
     N, K = weight.shape
     launch.check_shape((*x_MK.shape[:-1], K), x_MK=x_MK)
     launch.check_last_dim(x_MK=x_MK)
     launch.row_stride("x_MK", x_MK)
-    _check_low_rank(x_MK, N, dtype, low_MR, up_NR)
-    check_epilogue(x_MK, N, dtype, bias_N, gelu_from, tail, gate, residual, out)
+    check_branch(x_MK, N, dtype, low_MR, up_NR)
+    check_epilogue(x_MK, N, dtype, bias_N, gelu_from, tail, gate, residual, out, swiglu_from)
     if out is None:
-        columns = N if tail is None else N - tail.shape[-1]
+        columns = out_columns(N, gelu_from, swiglu_from, tail)
         out = torch.empty((*x_MK.shape[:-1], columns), dtype=dtype, device=x_MK.device)
+    operands = x_MK, x_scale, weight, low_MR, up_NR, bias_N
     if not launch.runs_triton(impl, x_MK):
-        return _library(x_MK, x_scale, weight, decode, low_MR, up_NR, bias_N, gelu_from, tail, gate, residual, out)
+        launch.took(op, "torch", N, K)
+        return _library(*operands, gelu_from, swiglu_from, tail, gate, residual, out)
+    bulk = fit_descriptors(x_MK, weight.codes, low_MR, up_NR, residual, out, tail)
     tile = launch.tile(
         op, m=x_MK.numel() // K, itemsize=out.element_size(),
-        codes=int(x_scale is not None), table=int(weight.table is not None),
+        codes=int(x_scale is not None), table=int(weight.table is not None), swiglu=int(swiglu_from is not None),
+        bulk=int(bulk),
     )  # fmt: skip
     form = tile.pop("form")
+    if form == "tma" and (not bulk or swiglu_from is not None):
+        form = "pointer"
+    launch.took(op, form, N, K)
     with launch.on_device(x_MK):
         if form == "dequantize":
-            return _library(
-                x_MK, x_scale, weight, partial(launch_decode, tile=tile), low_MR, up_NR,
-                bias_N, gelu_from, tail, gate, residual, out,
-            )  # fmt: skip
-        launch_pointer(x_MK, x_scale, weight, low_MR, up_NR, bias_N, gelu_from, tail, gate, residual, out, tile)
+            decoder = partial(launch_decode, tile=tile)
+            if swiglu_from is None:
+                return _library(*operands, gelu_from, None, tail, gate, residual, out, decoder)
+            y = _library(*operands, None, None, None, None, None, out.new_empty(*x_MK.shape[:-1], N), decoder)
+            return with_swiglu(y, partial(activation, impl=impl), swiglu_from, tail, out)
+        if form == "tma":
+            launch_tma(*operands, gelu_from, tail, gate, residual, out, tile)
+        else:
+            launch_pointer(*operands, gelu_from, swiglu_from, tail, gate, residual, out, tile)
     return out if tail is None else (out, tail)
 
 
 def _library(
-    x_MK: Tensor, x_scale: Tensor | None, weight: Grouped, decoder: Callable[[Grouped, Tensor], None],
-    low_MR: Tensor | None, up_NR: Tensor | None, bias_N: Tensor | None, gelu_from: int | None, tail: Tensor | None,
-    gate: Tensor | None, residual: Tensor | None, out: Tensor,
+    x_MK: Tensor, x_scale: Tensor | None, weight: Grouped, low_MR: Tensor | None, up_NR: Tensor | None,
+    bias_N: Tensor | None, gelu_from: int | None, swiglu_from: int | None, tail: Tensor | None, gate: Tensor | None,
+    residual: Tensor | None, out: Tensor, decoder: Callable[[Grouped, Tensor], None] = decode,
 ) -> Any:  # fmt: skip
     """Weights first, in the dtype of the product, then the product by PyTorch; codes of x are multiplied in fp32."""
     dtype = out.dtype if x_scale is None else torch.promote_types(out.dtype, torch.float32)
@@ -142,33 +166,15 @@ def _library(
         dense_NK[:, K:] = up_NR
     if x_scale is None:
         return gemm_reference(
-            x, dense_NK, bias_N, gelu_from=gelu_from, tail=tail, gate=gate, residual=residual, out=out
-        )
+            x, dense_NK, bias_N, gelu_from=gelu_from, swiglu_from=swiglu_from, tail=tail, gate=gate, residual=residual,
+            out=out,
+        )  # fmt: skip
 
     def product(columns: slice, out: Tensor | None) -> Tensor:
         y = F.linear(x, dense_NK[columns], None if bias_N is None else bias_N[columns].to(dtype))
         return y if out is None else out.copy_(y)
 
-    return with_epilogue(product, gelu_from, tail, gate, residual, out)
-
-
-def dequantize(
-    codes: Tensor, scale_NG: Tensor, *, offset_NG: Tensor | None = None, table: Tensor | None = None,
-    smooth_K: Tensor | None = None, dtype: torch.dtype,
-) -> Tensor:  # fmt: skip
-    """The weights (N, K) that codes of `gemm_w4` or, in int8, of `gemm_w8` stand for; over smooth if that is given.
-
-    Computed in float64, then rounded to `dtype`.
-
-    Raises:
-        ValueError: a shape, dtype, device or stride that does not fit.
-    """
-    launch.check_ndim(2, codes=codes, scale_NG=scale_NG)
-    weight = Grouped(codes, scale_NG, offset_NG, table, smooth_K)
-    check_grouped(codes, weight)
-    out_NK = torch.empty(weight.shape, dtype=dtype, device=codes.device)
-    decode(weight, out_NK)
-    return out_NK
+    return with_epilogue(product, gelu_from, tail, gate, residual, out, swiglu_from)
 
 
 # -- arguments ----------------------------------------------------------------------
@@ -197,22 +203,6 @@ def _check_codes(
     return dtype
 
 
-def _check_low_rank(x_MK: Tensor, N: int, dtype: torch.dtype, low_MR: Tensor | None, up_NR: Tensor | None) -> None:
-    if low_MR is None and up_NR is None:
-        return
-    if low_MR is None or up_NR is None:
-        raise ValueError("low_MR, up_NR: expected both or none")
-    launch.check_float(x_MK, low_MR=low_MR, up_NR=up_NR)
-    launch.check_dtype(dtype, low_MR=low_MR, up_NR=up_NR)
-    R = low_MR.shape[-1]
-    check_rank("low_MR", R)
-    launch.check_shape((*x_MK.shape[:-1], R), low_MR=low_MR)
-    launch.check_shape((N, R), up_NR=up_NR)
-    launch.check_last_dim(low_MR=low_MR)
-    launch.check_contiguous(up_NR=up_NR)
-    launch.row_stride("low_MR", low_MR)
-
-
 # -- declaration --------------------------------------------------------------------
 
 
@@ -220,20 +210,22 @@ def gemm_w4_reference(
     x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None,
     *, offset_NG: Tensor | None = None, table: Tensor | None = None, x_scale: Tensor | None = None,
     smooth_K: Tensor | None = None, low_MR: Tensor | None = None, up_NR: Tensor | None = None,
-    gelu_from: int | None = None, tail: Tensor | None = None, gate: Tensor | None = None,
-    residual: Tensor | None = None, out: Tensor,
+    gelu_from: int | None = None, swiglu_from: int | None = None, tail: Tensor | None = None,
+    gate: Tensor | None = None, residual: Tensor | None = None, out: Tensor,
 ) -> Any:  # fmt: skip
     """What the CPU runs, of both widths of codes."""
     weight = Grouped(codes, scale_NG, offset_NG, table, smooth_K)
-    return _library(x_MK, x_scale, weight, decode, low_MR, up_NR, bias_N, gelu_from, tail, gate, residual, out)
+    return _library(
+        x_MK, x_scale, weight, low_MR, up_NR, bias_N, gelu_from, swiglu_from, tail, gate, residual, out
+    )
 
 
 def eager_gemm_w4(
     x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bias_N: Tensor,
     *, offset_NG: Tensor | None = None, table: Tensor | None = None, x_scale: Tensor | None = None,
     smooth_K: Tensor | None = None, low_MR: Tensor | None = None, up_NR: Tensor | None = None,
-    gelu_from: int | None = None, tail: Tensor | None = None, gate: Tensor | None = None,
-    residual: Tensor | None = None, out: Tensor,
+    gelu_from: int | None = None, swiglu_from: int | None = None, tail: Tensor | None = None,
+    gate: Tensor | None = None, residual: Tensor | None = None, out: Tensor,
 ) -> object:  # fmt: skip
     """As weight-only layers are run without a kernel: the weights, the product, the branch and what follows it."""
     N, G = scale_NG.shape
@@ -248,6 +240,9 @@ def eager_gemm_w4(
     y = F.linear(x if smooth_K is None else x / smooth_K, weight.view(N, -1), bias_N)
     if low_MR is not None and up_NR is not None:
         y = y + F.linear(low_MR, up_NR)
+    if swiglu_from is not None:
+        products = eager_swiglu(y[..., swiglu_from:])
+        return out.copy_(products) if tail is None else (out.copy_(y[..., :swiglu_from]), tail.copy_(products))
     if tail is not None:
         tail.copy_(F.gelu(y[..., gelu_from:], approximate="tanh"))
         return out.copy_(y[..., :gelu_from]), tail
@@ -262,12 +257,14 @@ def _inputs(
     device: str, dtype: torch.dtype, B: int, L: int, K: int, N: int, group: int, bits: int = 4,
     scale: torch.dtype = torch.float32, kind: str = "signed", int8: bool = False, smooth: bool = False,
     rank: int = 0, gelu_from: int | None = None, tail: bool = False, gated: bool = False,
+    swiglu_from: int | None = None,
 ) -> Inputs:  # fmt: skip
     wider = poisoned((B, L, K + 16), dtype, device)
     buffer = poisoned((B, L, 2 * N), dtype, device)
     lows = poisoned((B, L, 2 * rank), dtype, device)
     gates = poisoned((B, 3 * N), dtype, device)
     values = noise((N, K * bits // 8), torch.float32, device, 1)
+    width, head = results_width(N, swiglu_from), (gelu_from or swiglu_from or 0) if tail else 0
     inputs: Inputs = {
         "x_MK": inside(wider, noise((B, L, K), dtype, device), slice(16, K + 16)),
         "codes": (values * 48).to(torch.int8),
@@ -278,10 +275,11 @@ def _inputs(
         "up_NR": noise((N, rank), dtype, device, 6) if rank else None,
         "offset_NG": noise((N, K // group), torch.float32, device, 7) / 8 if kind == "offset" else None,
         "gelu_from": gelu_from,
-        "tail": buffer[..., N + (gelu_from or 0) :] if tail else None,
+        "swiglu_from": swiglu_from,
+        "tail": buffer[..., N + head : N + width] if tail else None,
         "gate": inside(gates, noise((B, N), dtype, device, 8), slice(N, 2 * N)) if gated else None,
         "residual": noise((B, L, N), dtype, device, 9) if gated else None,
-        "out": buffer[..., : gelu_from if tail else N],
+        "out": buffer[..., : head or width],
     }
     if bits == 8:
         return inputs
@@ -301,7 +299,8 @@ def _bytes(i: Inputs) -> int:
         return given
     x_MK, tail = i["x_MK"], 0 if i["tail"] is None else i["tail"].shape[-1]
     itemsize = x_MK.element_size() if i.get("dtype") is None else i["dtype"].itemsize
-    return given + x_MK.numel() // x_MK.shape[-1] * (len(i["codes"]) - tail) * itemsize
+    width = results_width(len(i["codes"]), i["swiglu_from"])
+    return given + x_MK.numel() // x_MK.shape[-1] * (width - tail) * itemsize
 
 
 def _flops(i: Inputs) -> int:
@@ -312,6 +311,8 @@ def _flops(i: Inputs) -> int:
 FORMS = (
     {"form": "dequantize", "BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4},
     {"form": "pointer", "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 3},
+    {"form": "tma", "BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 4},
+    {"form": "tma", "BLOCK_M": 256, "BLOCK_N": 128, "BLOCK_K": 64, "GROUP_M": 8, "num_warps": 8, "num_stages": 4},
 )
 
 # a weight is rounded to the dtype of x, as if the checkpoint had it so; the library rounds the product before a gate
@@ -335,6 +336,11 @@ W4 = Op(
         {"B": 1, "L": 17, "K": 64, "N": 21, "group": 32, "kind": "offset", "gelu_from": 5, "tail": True},
         {"B": 2, "L": 9, "K": 50, "N": 24, "group": 50, "kind": "table", "smooth": True, "gelu_from": 0},
         {"B": 2, "L": 10, "K": 128, "N": 9, "group": 128, "smooth": True, "rank": 48, "gated": True},
+        {"B": 1, "L": 21, "K": 96, "N": 40, "group": 16, "kind": "offset", "gelu_from": 8, "tail": True},
+        {"B": 2, "L": 11, "K": 160, "N": 24, "group": 160, "kind": "table", "smooth": True, "rank": 48, "gated": True},
+        {"B": 1, "L": 17, "K": 64, "N": 42, "group": 32, "kind": "offset", "swiglu_from": 0},
+        {"B": 2, "L": 9, "K": 64, "N": 43, "group": 16, "kind": "table", "smooth": True, "rank": 16, "swiglu_from": 5,
+         "tail": True},
         {"B": 1, "L": 19, "K": 128, "N": 24, "group": 64, "int8": True, "rank": 16, "gated": True},
         {"B": 1, "L": 19, "K": 96, "N": 40, "group": 32, "int8": True, "kind": "offset", "gelu_from": 8, "tail": True},
     ),
@@ -343,6 +349,12 @@ W4 = Op(
         {"B": 1, "L": 512, "K": 3072, "N": 12288, "group": 64, "scale": torch.bfloat16, "gelu_from": 0},
         FP4_WITH_BRANCH,
         {"B": 1, "L": 4608, "K": 3072, "N": 3072, "group": 64, "int8": True, "rank": 32, "gated": True},
+        {"B": 1, "L": 4608, "K": 6144, "N": 55296, "group": 64, "int8": True, "rank": 32, "swiglu_from": 18432,
+         "tail": True},
+        {"B": 1, "L": 512, "K": 6144, "N": 36864, "group": 64, "swiglu_from": 0},
+        {"B": 1, "L": 512, "K": 6144, "N": 36864, "group": 16, "scale": torch.float8_e4m3fn, "kind": "table",
+         "swiglu_from": 0},
+        {"B": 1, "L": 1, "K": 3072, "N": 18432, "group": 64, "scale": torch.bfloat16, "kind": "offset"},
     ),
     cpu=(
         {"B": 1, "L": 256, "K": 512, "N": 2048, "group": 64, "gelu_from": 0},
@@ -352,6 +364,7 @@ W4 = Op(
     bytes=_bytes,
     flops=_flops,
     tolerance=ROUNDED,
+    multiplied_with=("swiglu_from",),
 )
 
 W8 = Op(
@@ -365,14 +378,19 @@ W8 = Op(
     tiny=(
         {"B": 1, "L": 19, "K": 64, "N": 21, "group": 32, "bits": 8, "scale": torch.float16, "gelu_from": 0},
         {"B": 2, "L": 9, "K": 48, "N": 24, "group": 16, "bits": 8, "kind": "offset", "gated": True},
+        {"B": 1, "L": 21, "K": 80, "N": 40, "group": 16, "bits": 8, "gelu_from": 8, "tail": True, "rank": 16},
+        {"B": 1, "L": 21, "K": 80, "N": 40, "group": 16, "bits": 8, "swiglu_from": 8, "tail": True},
     ),
     production=(
         {"B": 1, "L": 4096, "K": 3072, "N": 12288, "group": 32, "bits": 8, "scale": torch.float16, "gelu_from": 0},
         {"B": 1, "L": 512, "K": 3072, "N": 12288, "group": 32, "bits": 8, "scale": torch.float16, "gelu_from": 0},
+        {"B": 1, "L": 512, "K": 3840, "N": 20480, "group": 32, "bits": 8, "scale": torch.float16, "swiglu_from": 0},
+        {"B": 1, "L": 1, "K": 3072, "N": 18432, "group": 32, "bits": 8, "scale": torch.float16},
     ),
     cpu=({"B": 1, "L": 256, "K": 512, "N": 2048, "group": 32, "bits": 8, "gelu_from": 0},),
     forms=FORMS,
     bytes=_bytes,
     flops=_flops,
     tolerance=ROUNDED,
+    multiplied_with=("swiglu_from",),
 )

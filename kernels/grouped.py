@@ -106,3 +106,22 @@ def decode(weight: Grouped, out_NK: Tensor) -> None:
             value += weight.offset_NG[rows, :, None]
         value = value.view(-1, K)
         out_NK[rows] = value if weight.smooth_K is None else value / weight.smooth_K
+
+
+def dequantize(
+    codes: Tensor, scale_NG: Tensor, *, offset_NG: Tensor | None = None, table: Tensor | None = None,
+    smooth_K: Tensor | None = None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """The weights (N, K) that uint8 codes of 4 bits or int8 codes stand for; over smooth if that is given.
+
+    Computed in float64, then rounded to `dtype`.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride that does not fit.
+    """
+    launch.check_ndim(2, codes=codes, scale_NG=scale_NG)
+    weight = Grouped(codes, scale_NG, offset_NG, table, smooth_K)
+    check_grouped(codes, weight)
+    out_NK = torch.empty(weight.shape, dtype=dtype, device=codes.device)
+    decode(weight, out_NK)
+    return out_NK

@@ -140,6 +140,27 @@ def check_rank(name: str, R: int) -> None:
         raise ValueError(f"{name}: rank {R}, expected a multiple of 16 up to {LARGEST_RANK}")
 
 
+def check_branch(x_MK: Tensor, N: int, dtype: torch.dtype, low_MR: Tensor | None, up_NR: Tensor | None) -> None:
+    """Of a product of x with N columns and results in `dtype`: both factors of a low-rank branch, or none.
+
+    Raises:
+        ValueError: a shape, dtype, device or stride that does not fit.
+    """
+    if low_MR is None and up_NR is None:
+        return
+    if low_MR is None or up_NR is None:
+        raise ValueError("low_MR, up_NR: expected both or none")
+    launch.check_float(x_MK, low_MR=low_MR, up_NR=up_NR)
+    launch.check_dtype(dtype, low_MR=low_MR, up_NR=up_NR)
+    R = low_MR.shape[-1]
+    check_rank("low_MR", R)
+    launch.check_shape((*x_MK.shape[:-1], R), low_MR=low_MR)
+    launch.check_shape((N, R), up_NR=up_NR)
+    launch.check_last_dim(low_MR=low_MR)
+    launch.check_contiguous(up_NR=up_NR)
+    launch.row_stride("low_MR", low_MR)
+
+
 def quantize_low_rank_reference(
     x_MK: Tensor, down_RK: Tensor, *, smooth_K: Tensor | None, format: Literal["int8", "fp8"] | None
 ) -> Any:

@@ -28,6 +28,7 @@ TOLERANCE = {
     torch.float8_e4m3fn: 1e-2,
     torch.int8: 2e-3,
 }
+TWO_FACTORS = 1.5  # times the error of one: theirs add up, about as the root of the sum of squares
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,11 @@ class Case:
 
     def inputs(self, device: str) -> Inputs:
         return self.op.inputs(device, self.dtype, **self.size)
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Largest relative L2 error of a result of that dtype."""
+        multiplies = any(self.size.get(name) is not None for name in self.op.multiplied_with)
+        return self.op.tolerance[dtype] * (TWO_FACTORS if multiplies else 1)
 
     def __str__(self) -> str:
         parts = [f"{name}{_compact(value)}" for name, value in self.size.items()]
@@ -64,6 +70,7 @@ class Op:
         written: arguments the launcher writes instead of, or besides, returning tensors.
         dtypes: of the inputs, in tests.
         tolerance: largest relative L2 error of a result, by its dtype.
+        multiplied_with: arguments beside which a result is the product of two numbers that may both have been rounded.
         narrow_loads: why kernels of this op may load half-precision data in words under 8 bytes; empty
             where every load of data is promised to be wide, which the AOT check then demands.
         forms: tiles to start from when tuning, beside the table's, where an op has several kernels.
@@ -84,6 +91,7 @@ class Op:
     written: tuple[str, ...] = ()
     dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES
     tolerance: Mapping[torch.dtype, float] = field(default_factory=lambda: TOLERANCE)
+    multiplied_with: tuple[str, ...] = ()
     narrow_loads: str = ""
     forms: tuple[Tile, ...] = ()
 
@@ -106,10 +114,6 @@ class Op:
         """What a call returned, and what it wrote into its arguments."""
         results = () if returned is None else (returned,) if isinstance(returned, Tensor) else returned
         return (*results, *(inputs[name] for name in self.written if inputs[name] is not None))
-
-    def error(self, got: Tensor, want: Tensor) -> tuple[float, float]:
-        """Relative L2 error of a result, and the largest allowed."""
-        return rel_l2(got, want), self.tolerance[got.dtype]
 
 
 def in_float64(value: Any) -> Any:

@@ -11,7 +11,7 @@ import triton
 from torch import Tensor
 
 from sgl_diffusion.kernels.launch import Impl
-from sgl_diffusion.kernels.op import Case, Op, in_float64
+from sgl_diffusion.kernels.op import Case, Op, in_float64, rel_l2
 
 DEVICE = "cpu" if triton.knobs.runtime.interpret else "cuda"
 Formula = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -30,5 +30,5 @@ def check(case: Case, impl: Impl, formula: Formula) -> None:
     want = want if isinstance(want, tuple) else (want,)
     for got, exact in zip(case.op.run(inputs, impl), want, strict=True):
         assert got.shape == exact.shape
-        error, limit = case.op.error(got, exact)
+        error, limit = rel_l2(got, exact), case.tolerance(got.dtype)
         assert error <= limit, f"{case.op.name} {case}: rel_l2 {error:.2e}, at most {limit:.0e}"

@@ -16,6 +16,7 @@ from sgl_diffusion.bench import kernels
 from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.catalog import OPS, markdown_table
 from sgl_diffusion.kernels.launch import architecture, tile_row, tile_table
+from sgl_diffusion.kernels.op import rel_l2
 from sgl_diffusion.kernels.rope import rope
 
 TESTS = Path(__file__).parent
@@ -51,9 +52,9 @@ def test_kernel_reference_and_eager_sequence_agree(op: Any) -> None:
         eager = op.collect(op.eager(**inputs[2]), inputs[2])
         for a, b in zip(ours, reference, strict=True):
             assert a.dtype == b.dtype and a.shape == b.shape
-            assert op.error(a, b)[0] <= 2 * op.tolerance[a.dtype], size
+            assert rel_l2(a, b) <= 2 * op.tolerance[a.dtype], size
         for b, c in zip(reference, eager, strict=False):  # eager PyTorch gives no log-sum beside attention
-            assert op.error(c, b)[0] <= 8 * op.tolerance[b.dtype], f"the eager sequence is another at {size}"
+            assert rel_l2(c, b) <= 8 * op.tolerance[b.dtype], f"the eager sequence is another at {size}"
 
 
 @each_op

@@ -12,18 +12,22 @@ from kernel_checks import DEVICE, cases, check
 from torch import Tensor
 
 from sgl_diffusion.kernels import gemm_w4 as module
-from sgl_diffusion.kernels.gemm_w4 import dequantize, gemm_w4, gemm_w8
+from sgl_diffusion.kernels.gemm_w4 import gemm_w4, gemm_w8
+from sgl_diffusion.kernels.grouped import dequantize
 from sgl_diffusion.kernels.launch import Impl, forced_tile
 from sgl_diffusion.kernels.op import Case, noise, rel_l2
 
 pytestmark = pytest.mark.usefixtures("repaired_interpreter", "poisoned_memory")
 
 TILES: dict[str, dict[str, Any]] = {
-    "pointer": {"form": "pointer", "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 32, "GROUP_M": 2},
-    "dequantize": {"form": "dequantize", "BLOCK_N": 16, "BLOCK_K": 32},
+    "pointer": {"form": "pointer", "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "GROUP_M": 2},
+    "tma": {"form": "tma", "BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_K": 64, "GROUP_M": 2},
+    "dequantize": {"form": "dequantize", "BLOCK_N": 16, "BLOCK_K": 64},
 }
+PRODUCTS = ("pointer", "tma")
 if DEVICE == "cuda":
-    TILES["pointer"] |= {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    for form in PRODUCTS:
+        TILES[form] |= {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
 SCALES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)
 
 
@@ -47,8 +51,8 @@ def formula(
     x_MK: Tensor, codes: Tensor, scale_NG: Tensor, bias_N: Tensor | None = None,
     offset_NG: Tensor | None = None, table: Tensor | None = None, x_scale: Tensor | None = None,
     smooth_K: Tensor | None = None, low_MR: Tensor | None = None, up_NR: Tensor | None = None,
-    gelu_from: int | None = None, tail: Tensor | None = None, gate: Tensor | None = None,
-    residual: Tensor | None = None, out: Tensor | None = None,
+    gelu_from: int | None = None, swiglu_from: int | None = None, tail: Tensor | None = None,
+    gate: Tensor | None = None, residual: Tensor | None = None, out: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:  # fmt: skip
     x = x_MK.double() if smooth_K is None else x_MK / smooth_K
     y = torch.einsum("...k,nk->...n", x, weight_formula(codes, scale_NG, offset_NG, table))
@@ -61,10 +65,14 @@ def formula(
         u = y[..., gelu_from:]
         u = u / 2 * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (u + 0.044715 * u**3)))
         y = torch.cat([y[..., :gelu_from], u], dim=-1)
+    if swiglu_from is not None:
+        gates, values = y[..., swiglu_from:].chunk(2, dim=-1)
+        y = torch.cat([y[..., :swiglu_from], gates / (1 + torch.exp(-gates)) * values], dim=-1)
     if gate is not None:
         y = y * gate.repeat_interleave(y.shape[:-1].numel() // gate.shape[0], dim=0).view(y.shape)
     y = y if residual is None else y + residual
-    return y if tail is None else (y[..., :gelu_from], y[..., gelu_from:])
+    first = gelu_from if swiglu_from is None else swiglu_from
+    return y if tail is None else (y[..., :first], y[..., first:])
 
 
 FORMULAS = {"gemm_w4": formula, "gemm_w8": formula}
@@ -91,18 +99,19 @@ def weight(N: int, K: int, group: int, bits: int = 4, scale: torch.dtype = torch
     ("group", "scale"), [*zip((16, 32, 64, 128), SCALES, strict=True), *product((192,), SCALES)], ids=str
 )
 def test_every_group_and_kind_of_scale(group: int, scale: torch.dtype, form: str) -> None:
-    """192 columns are a whole row; where groups are of 16, a row ends within a tile."""
-    K = 48 if group == 16 else 3 * group if group < 192 else group
+    """192 columns are a whole row; where groups are of 16 or 32, a row ends within a tile."""
+    K = max(3 * group, 96) if group < 192 else group
     x = noise((3, K), torch.float32, DEVICE)
     for bits, gemm in ((4, gemm_w4), (8, gemm_w8)):
-        codes, scale_NG = weight(5, K, group, bits, scale)
+        codes, scale_NG = weight(20, K, group, bits, scale)
         with forced_tile(gemm.__name__, TILES[form]):
             assert rel_l2(gemm(x, codes, scale_NG, impl="triton"), formula(x, codes, scale_NG)) < 2e-6
 
 
 @pytest.mark.parametrize("group", [32, 96])
 @pytest.mark.parametrize("offset", [False, True])
-def test_codes_by_codes_are_exact(group: int, offset: bool) -> None:
+@pytest.mark.parametrize("form", ["reference", *PRODUCTS])
+def test_codes_by_codes_are_exact(group: int, offset: bool, form: str) -> None:
     """With scales that are powers of two nothing is rounded, and fp32 holds the result."""
     codes, _ = weight(20, 96, group)
     scale_NG = torch.tensor([0.5, 2.0], device=DEVICE).repeat(20, 2)[:, : 96 // group].contiguous()
@@ -110,10 +119,10 @@ def test_codes_by_codes_are_exact(group: int, offset: bool) -> None:
     x_scale = torch.full((18,), 0.25, device=DEVICE)
     offset_NG = scale_NG * 4 if offset else None
     want = formula(x, codes, scale_NG, offset_NG=offset_NG, x_scale=x_scale)
-    with forced_tile("gemm_w4", {**TILES["pointer"], "BLOCK_K": 128}):
-        for impl in ("triton", "torch"):
-            got = gemm_w4(x, codes, scale_NG, offset_NG=offset_NG, x_scale=x_scale, dtype=torch.float32, impl=impl)
-            assert torch.equal(got.double(), want)
+    impl: Impl = "torch" if form == "reference" else "triton"
+    with forced_tile("gemm_w4", {**TILES.get(form, {}), "BLOCK_K": 128}):
+        got = gemm_w4(x, codes, scale_NG, offset_NG=offset_NG, x_scale=x_scale, dtype=torch.float32, impl=impl)
+    assert torch.equal(got.double(), want)
 
 
 @pytest.mark.parametrize("form", ["reference", *TILES])
@@ -145,6 +154,50 @@ def test_every_rank_of_the_branch(rank: int, form: str) -> None:
     with forced_tile("gemm_w4", TILES.get(form, {})):
         got = gemm_w4(x, codes, scale_NG, low_MR=low, up_NR=up, impl="torch" if form == "reference" else "triton")
     assert rel_l2(got, formula(x, codes, scale_NG, low_MR=low.double(), up_NR=up.double())) < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["number", "code"])
+def test_a_program_takes_several_tiles(kind: str) -> None:
+    """Of 5 x 4 here, the last of which are not whole, and whose order turns within the programs."""
+    codes, scale_NG = weight(56, 96, 32)
+    x, x_scale = noise((70, 96), torch.float32, DEVICE), None
+    if kind == "code":
+        x, x_scale = (x * 40).to(torch.int8), noise((70,), torch.float32, DEVICE, 1).abs()
+    low, up = noise((70, 32), torch.float32, DEVICE, 2), noise((56, 32), torch.float32, DEVICE, 3)
+    tail = torch.empty(70, 36, device=DEVICE)
+    with forced_tile("gemm_w4", TILES["tma"]):
+        got = gemm_w4(
+            x, codes, scale_NG, x_scale=x_scale, low_MR=low, up_NR=up, gelu_from=20, tail=tail, dtype=torch.float32,
+            impl="triton",
+        )  # fmt: skip
+    exact = formula(
+        x, codes, scale_NG, x_scale=x_scale, low_MR=low.double(), up_NR=up.double(), gelu_from=20, tail=tail
+    )
+    for part, want in zip(got, exact, strict=True):
+        assert rel_l2(part, want) < 2e-6
+
+
+def test_what_descriptors_cannot_address_goes_by_pointers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The results are those of that form, to the bit."""
+
+    def fail(*args: object) -> None:
+        raise AssertionError("launched")
+
+    def product(form: str, K: int = 64, N: int = 24, start: int = 0, rank: int = 0) -> Tensor:
+        """x starts at a column of wider rows."""
+        codes, scale_NG = weight(N, K, K)
+        x = noise((20, K + 8), torch.float32, DEVICE)[:, start : start + K]
+        low = noise((20, rank + 1), torch.float32, DEVICE, 1)[:, :rank] if rank else None
+        up = noise((N, rank), torch.float32, DEVICE, 2) if rank else None
+        with forced_tile("gemm_w4", TILES[form]):
+            return gemm_w4(x, codes, scale_NG, low_MR=low, up_NR=up, impl="triton")
+
+    monkeypatch.setattr(module, "launch_tma", fail)
+    # rows of codes, rows of the result, the address of x, rows of the branch
+    for case in ({"K": 48}, {"N": 23}, {"start": 1}, {"rank": 16}):
+        assert torch.equal(product("tma", **case), product("pointer", **case))
+    with pytest.raises(AssertionError, match="launched"):
+        product("tma")
 
 
 @pytest.mark.parametrize(("bits", "kind"), [(4, "signed"), (4, "offset"), (4, "table"), (8, "signed"), (8, "offset")])

@@ -114,21 +114,7 @@ class EightBitLinear(QuantizedLinear):
         return "gemm_fp8" if self.multiplies_codes else "gemm_fp8, weights decoded"
 
 
-class SwiGLUAfterwards(QuantizedLinear):
-    """Layers whose kernels have no SwiGLU in their epilogue: it is a pass over the product."""
-
-    def forward(self, x: Tensor, **epilogue: Any) -> Any:
-        """Arguments and result as of `models.layers.Linear`."""
-        if "swiglu_from" in epilogue:
-            return with_swiglu(self.multiply(x), activation, **epilogue)
-        return self.multiply(x, **epilogue)
-
-    @abstractmethod
-    def multiply(self, x: Tensor, **epilogue: Any) -> Any:
-        """The same with epilogues that the kernel has."""
-
-
-class GroupedLinear(SwiGLUAfterwards):
+class GroupedLinear(QuantizedLinear):
     """Weights of 4 or 8 bits in groups, decoded while a kernel multiplies; with a low-rank branch, if there is one.
 
     What has such a branch was made for activations of few bits (SVDQuant): there they are int8, by the pass that
@@ -145,7 +131,8 @@ class GroupedLinear(SwiGLUAfterwards):
             weight.kind == "w4" and weight.down_RK is not None and weight.table is None and columns >= INT8_GROUP
         )
 
-    def multiply(self, x: Tensor, **epilogue: Any) -> Any:
+    def forward(self, x: Tensor, **epilogue: Any) -> Any:
+        """Arguments and result as of `models.layers.Linear`."""
         w, x, multiply = self.quantized, x.contiguous(), gemm_w4 if self.kind == "w4" else gemm_w8
         how = {"offset_NG": w.offset, **epilogue}
         if self.kind == "w4":
@@ -165,13 +152,16 @@ class GroupedLinear(SwiGLUAfterwards):
         return f"{name} with int8 activations and a low-rank branch" if self.int8_activations else name
 
 
-class MicroscaledLinear(SwiGLUAfterwards):
+class MicroscaledLinear(QuantizedLinear):
     """mxfp8 and nvfp4: codes by codes where the GPU has instructions for it, else decoded while a kernel multiplies."""
 
     codes: Tensor
     scale: Tensor
 
-    def multiply(self, x: Tensor, **epilogue: Any) -> Any:
+    def forward(self, x: Tensor, **epilogue: Any) -> Any:
+        """Arguments and result as of `models.layers.Linear`."""
+        if "swiglu_from" in epilogue:  # the kernel has no such epilogue
+            return with_swiglu(self(x), activation, **epilogue)
         w, x, format = self.quantized, x.contiguous(), cast(MxFormat, self.kind)
         how = {"format": format, "weight_global_scale": w.global_scale, **epilogue}
         if not self.weight_only and _gpu(x) and native_microscaling():

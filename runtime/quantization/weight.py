@@ -26,7 +26,7 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 
-from sgl_diffusion.kernels.gemm_w4 import dequantize
+from sgl_diffusion.kernels.grouped import dequantize
 from sgl_diffusion.kernels.microscaling import dequantize_mx
 
 Kind = Literal["fp8", "fp8_block", "int8", "w4", "w8", "mxfp8", "nvfp4"]
