@@ -176,6 +176,27 @@ def finish_swiglu(
 
 
 @triton.jit
+def finish_tile(
+    acc, first_m, first_n, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr,
+    gate_stride_g, residual_stride_m, out_stride_m, tail_stride_m, M, N, activated_from, rows_per_gate,
+    GELU: tl.constexpr, SWIGLU: tl.constexpr, ONE_GATE: tl.constexpr,
+):
+    """Epilogue of a tile with rows m, whose columns n are those of `tile_columns`."""
+    if SWIGLU:
+        left, right = halves(acc)
+        first_left, first_right, first_product = tile_halves(first_n, N, activated_from, acc.shape[1])
+        finish_swiglu(
+            left, right, first_m, first_left, first_right, first_product, bias_ptr, out_ptr, tail_ptr,
+            out_stride_m, tail_stride_m, None, None, M, N, activated_from, 0, 0.0, False,
+        )
+    else:
+        finish(
+            acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, gate_stride_g, residual_stride_m,
+            out_stride_m, tail_stride_m, M, N, activated_from, rows_per_gate, GELU, ONE_GATE,
+        )
+
+
+@triton.jit
 def _gemm_pointer_kernel(
     x_ptr, weight_ptr, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr,
     x_stride_m, gate_stride_g, residual_stride_m, out_stride_m, tail_stride_m,
@@ -204,18 +225,10 @@ def _gemm_pointer_kernel(
         x_ptrs += BLOCK_K
         weight_ptrs += BLOCK_K
 
-    if SWIGLU:
-        left, right = halves(acc)
-        first_left, first_right, first_product = tile_halves(first_n, N, activated_from, BLOCK_N)
-        finish_swiglu(
-            left, right, first_m, first_left, first_right, first_product, bias_ptr, out_ptr, tail_ptr,
-            out_stride_m, tail_stride_m, None, None, M, N, activated_from, 0, 0.0, False,
-        )
-    else:
-        finish(
-            acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, gate_stride_g, residual_stride_m,
-            out_stride_m, tail_stride_m, M, N, activated_from, rows_per_gate, GELU, ONE_GATE,
-        )
+    finish_tile(
+        acc, first_m, first_n, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, gate_stride_g,
+        residual_stride_m, out_stride_m, tail_stride_m, M, N, activated_from, rows_per_gate, GELU, SWIGLU, ONE_GATE,
+    )
 
 
 @triton.jit

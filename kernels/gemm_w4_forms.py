@@ -18,16 +18,13 @@ from sgl_diffusion.kernels import launch
 from sgl_diffusion.kernels.gemm_forms import (
     FP32_PRODUCT,
     as_rows,
-    finish,
-    finish_swiglu,
+    finish_tile,
     finish_tma,
     gated,
-    halves,
     processors,
     row_stride,
     tile_at,
     tile_columns,
-    tile_halves,
     tiled_columns,
     tiles_across,
     with_bias_and_gelu,
@@ -158,18 +155,10 @@ def _grouped_gemm_kernel(
             acc = tl.dot(
                 tl.load(low_ptrs + r), tl.load(up_ptrs + r), acc, input_precision=PRECISION, out_dtype=tl.float32
             )
-    if SWIGLU:
-        left, right = halves(acc)
-        first_left, first_right, first_product = tile_halves(first_n, N, activated_from, BLOCK_N)
-        finish_swiglu(
-            left, right, first_m, first_left, first_right, first_product, bias_ptr, out_ptr, tail_ptr,
-            out_stride_m, tail_stride_m, None, None, M, N, activated_from, 0, 0.0, False,
-        )
-    else:
-        finish(
-            acc, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, gate_stride_g, residual_stride_m,
-            out_stride_m, tail_stride_m, M, N, activated_from, rows_per_gate, GELU, ONE_GATE,
-        )
+    finish_tile(
+        acc, first_m, first_n, m, n, bias_ptr, gate_ptr, residual_ptr, out_ptr, tail_ptr, gate_stride_g,
+        residual_stride_m, out_stride_m, tail_stride_m, M, N, activated_from, rows_per_gate, GELU, SWIGLU, ONE_GATE,
+    )
 
 
 @triton.jit
