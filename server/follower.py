@@ -34,6 +34,8 @@ def follow(model: ServerArgs, args: ServeArgs) -> int:
     """
     set_up_logs(model.log_level, args.log_format)
     replica = of_a_replica(model)
+    if others := sorted(args.model_fields_set - {"log_format"}):
+        log.info("node_rank=%d: of effect on the first host alone: %s", model.node_rank, ", ".join(others))
     ranks = read_layout(replica).ranks
     load = Load(
         server_args=replica.model_dump(mode="json", exclude_unset=True), data_dir="", log_format=args.log_format

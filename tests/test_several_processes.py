@@ -292,6 +292,7 @@ def test_a_server_on_two_hosts_outlives_a_killed_rank(tmp_path: Path, alone: np.
         follower.communicate()
     assert follower.returncode == 0 and not out and not (tmp_path / "second").exists()
     assert "the ranks of this host ended: rank 1 was killed by SIGKILL; they are started again in 2 s" in error
+    assert "node_rank=1: of effect on the first host alone: data_dir\n" in error
     assert "Traceback" not in error
 
 
