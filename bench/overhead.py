@@ -90,12 +90,11 @@ def _through_server(client: HTTPConnection, target: Target, index: int) -> tuple
     """Milliseconds until the picture is there, and the engine's report of it."""
     time.sleep(AT_REST_S)
     body = json.dumps(target.bodies[index % len(target.bodies)])
-    started = time.perf_counter()
-    answer = _ask(client, target.client, "POST", "/v1/images/generations", body)
-    took = (time.perf_counter() - started) * 1000
+    answer, took = _ask(client, target.client, "POST", "/v1/images/generations", body)
     told = json.loads(answer)
     target.check(index, told["id"], pictures_of(told))
-    return took, json.loads(_ask(client, target.client, "GET", f"/v1/images/{told['id']}/report"))
+    report, _ = _ask(client, target.client, "GET", f"/v1/images/{told['id']}/report")
+    return took, json.loads(report)
 
 
 def _by_engine(engine: Engine, body: Mapping[str, Any], folder: str) -> tuple[float, float]:
@@ -130,18 +129,28 @@ def _get_in_turn(like: httpx.AsyncClient, paths: Sequence[str], over: threading.
         for path in cycle(paths):
             if over.wait(BETWEEN_GETS_S):
                 return found
-            started = time.perf_counter()
-            _ask(client, like, "GET", path)
-            found[path].append((time.perf_counter() - started) * 1000)
+            found[path].append(_ask(client, like, "GET", path)[1])
     raise AssertionError("a cycle has no end")
 
 
-def _ask(client: HTTPConnection, like: httpx.AsyncClient, method: str, path: str, body: str | None = None) -> bytes:
-    """Raises RunFailure if the answer is not 200."""
-    headers = {name: like.headers[name] for name in ("authorization",) if name in like.headers}
-    client.request(method, path, body, headers | {"content-type": "application/json"})
+def _ask(
+    client: HTTPConnection, like: httpx.AsyncClient, method: str, path: str, body: str = ""
+) -> tuple[bytes, float]:
+    """The answer, and the milliseconds from the request's being sent until it is there.
+
+    Raises:
+        RunFailure: the answer is not 200.
+    """
+    client.putrequest(method, path)
+    if "authorization" in like.headers:
+        client.putheader("authorization", like.headers["authorization"])
+    client.putheader("content-type", "application/json")
+    client.putheader("content-length", str(len(body.encode())))
+    started = time.perf_counter()
+    client.endheaders(body.encode())
     answer = client.getresponse()
     told = answer.read()
+    took = (time.perf_counter() - started) * 1000
     if answer.status != httpx.codes.OK:
         raise RunFailure(f"{method} {path} was answered with {answer.status}: {told[:200].decode(errors='replace')}")
-    return told
+    return told, took

@@ -69,8 +69,10 @@ class Context:
         Raises:
             ApiError: 404 for others' jobs too.
         """
-        job = await asyncio.to_thread(self.store.get, id, tenant) if is_job_id(id) else None
-        if job is None or (kinds and job.kind not in kinds):
+        job = self.dispatcher.drawn(id)
+        if job is None and is_job_id(id):
+            job = await asyncio.to_thread(self.store.get, id, tenant)
+        if job is None or job.tenant != tenant or (kinds and job.kind not in kinds):
             raise not_found("video" if kinds == (Kind.VIDEO,) else "image" if kinds else "job", id)
         return job
 

@@ -7,7 +7,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import UTC, datetime
 from typing import Any
 
@@ -51,8 +51,10 @@ class Database:
             sa.event.listen(self._engine, "begin", _begin_sqlite)
         elif self._postgres:
             sa.event.listen(self._engine, "connect", _set_up_postgres)
-        # threads of this process queue up here for the one write lock of SQLite, rather than poll for it
+        # threads of this process queue up here for the one write lock of SQLite, rather than poll for it; whoever has
+        # it writes by the same connection: to take one out of the pool and put it back takes longer than a statement
         self._writer = threading.Lock() if self._sqlite else nullcontext()
+        self._writes: sa.Connection | None = None
         no_transaction: dict[str, Any] = {"sqlite_begin": None} if self._sqlite else {"isolation_level": "AUTOCOMMIT"}
         self._reads = self._engine.execution_options(**no_transaction)
         try:
@@ -70,8 +72,16 @@ class Database:
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
         """All of it happens, or, where an exception leaves the block, nothing."""
-        with _answering(), self._writer, self._engine.begin() as db:
+        with _answering(), self._writer, self._connection() as db, db.begin():
             yield db
+
+    def _connection(self) -> AbstractContextManager[sa.Connection]:
+        """To write by. SQLite's stays open; SQLAlchemy opens it anew if it breaks."""
+        if not self._sqlite:
+            return self._engine.connect()
+        if self._writes is None:
+            self._writes = self._engine.connect()
+        return nullcontext(self._writes)
 
     def now(self, db: sa.Connection) -> datetime:
         """The one clock of all servers that share the database: for SQLite, that of their machine."""
@@ -81,6 +91,8 @@ class Database:
         return datetime.now(UTC)
 
     def close(self) -> None:
+        if self._writes is not None:
+            self._writes.close()
         self._engine.dispose()
 
     def _make_tables(self) -> None:

@@ -209,6 +209,10 @@ class Dispatcher:
                 self._wake()
         return job, is_new
 
+    def drawn(self, job_id: str) -> Job | None:
+        """A job whose end was told to those who wait for it, as long as the store does not know that yet."""
+        return self._news.drawn.get(job_id)
+
     async def cancel(self, job_id: str) -> Job | None:
         """Ends a waiting job, and a running one after its current step. One that has ended stays as it is.
 
@@ -253,7 +257,7 @@ class Dispatcher:
             yield self._events(job_id, known, feed)
 
     async def _events(self, job_id: str, known: Job | None, feed: Feed) -> AsyncIterator[JobEvent]:
-        job = known or await self._thread.run(self._store.get, job_id)
+        job = known or self.drawn(job_id) or await self._thread.run(self._store.get, job_id)
         if job is None:
             raise KeyError(job_id)
         while not job.status.is_end:

@@ -47,11 +47,13 @@ class News:
     Attributes:
         on_event: called with all progress and previews of this server's jobs, in the event loop.
         on_end: called with every job that ends here.
+        drawn: jobs as they end, by their ids, while that is being recorded.
     """
 
     def __init__(self) -> None:
         self.on_event: list[Callable[[str, Progress | Preview], None]] = []
         self.on_end: list[Callable[[Job], None]] = []
+        self.drawn: dict[str, Job] = {}
         self._feeds: dict[str, set[Feed]] = {}
         self._last: dict[str, Progress] = {}  # of jobs that are worked on
 
@@ -78,7 +80,15 @@ class News:
         for hook in self.on_event:
             hook(job_id, event)
 
+    def tell_drawn(self, job: Job) -> None:
+        """A job as it ends, to those who wait for its results."""
+        self._last.pop(job.id, None)
+        self.drawn[job.id] = job
+        for feed in self._feeds.get(job.id, ()):
+            feed.put(Ended(job))
+
     def tell_end(self, job: Job) -> None:
+        """A job has ended, and that is recorded."""
         self.forget(job.id)
         for feed in self._feeds.get(job.id, ()):
             feed.put(Ended(job))
@@ -88,6 +98,7 @@ class News:
     def forget(self, job_id: str) -> None:
         """It is not worked on any more."""
         self._last.pop(job_id, None)
+        self.drawn.pop(job_id, None)
 
     def dismiss(self, is_one: Callable[[str], bool]) -> None:
         """Tells the watchers of these jobs that nothing more will be told."""

@@ -7,6 +7,8 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
@@ -15,7 +17,7 @@ from sgl_diffusion.server.args import ServeArgs
 from sgl_diffusion.server.database import StoreUnavailable
 from sgl_diffusion.server.engine_process import Died, EngineAway, EngineProcess
 from sgl_diffusion.server.folders import Folders
-from sgl_diffusion.server.jobs import Failure, Job, Preview, Progress, UploadState
+from sgl_diffusion.server.jobs import Failure, Job, Kind, Preview, Progress, ResultFile, Status, UploadState
 from sgl_diffusion.server.messages import Draw, DrawnJob
 from sgl_diffusion.server.news import News
 from sgl_diffusion.server.store import JobStore
@@ -120,9 +122,9 @@ class Scheduler:
 
     async def _with_company(self, jobs: list[Job]) -> list[Job]:
         """The job whose turn it is, if any, and others that can be drawn with it, for which it waits a little."""
-        if not jobs or not self._is_sociable(jobs[0]):
-            return jobs
         room = self.args.max_batch_size - _results(jobs)
+        if not jobs or room < _results(jobs[:1]) or not self._is_sociable(jobs[0]):
+            return jobs
         deadline = time.monotonic() + self.args.batch_wait_ms / 1000
         while room >= _results(jobs[:1]) and not self._stopping:
             self._wake.clear()
@@ -190,6 +192,7 @@ class Scheduler:
                 case messages.Preview(job=job_id, index=index, step=step, data=data):
                     self.news.tell(job_id, Preview(index, step, data))
                 case messages.Finished(job=job_id, results=results):
+                    await self._tell_drawn(left[job_id], results)
                     await self._end(left.pop(job_id), self.store.complete, results, self.upload_state)
                 case messages.Failed(job=job_id, failure=failure):
                     await self._end(left.pop(job_id), self.store.fail, failure)
@@ -221,6 +224,16 @@ class Scheduler:
     async def _give_back(self, job: Job, *, crashed: bool) -> None:
         """Into the queue, where it keeps its turn. If it was cancelled meanwhile it ends instead."""
         await self._end(job, partial(self.store.requeue, crashed=crashed))
+
+    async def _tell_drawn(self, job: Job, results: Sequence[ResultFile]) -> None:
+        """Who waits for a picture has it before that is recorded: its files are there, whole, and if this server dies
+        now, the next one draws the same again. Not where others may be asked for the job, who know the record alone.
+        """
+        if job.kind is Kind.VIDEO or not self._alone or self.upload_state is UploadState.WAITING:
+            return
+        ended_at = datetime.now(UTC)
+        self.news.tell_drawn(replace(job, status=Status.COMPLETED, ended_at=ended_at, results=tuple(results)))
+        await asyncio.sleep(0)  # the answer first: the store's thread would take the interpreter from it
 
     async def _end(self, job: Job, record: Callable[..., Job | None], *args: Any) -> None:
         """Of a job that is ours no more. If nothing is recorded it is another server's by now, and so are its files."""

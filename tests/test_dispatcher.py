@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
@@ -23,10 +24,14 @@ from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import RunFailure, UserError
 from sgl_diffusion.server.args import ServeArgs
+from sgl_diffusion.server.context import Context
+from sgl_diffusion.server.database import StoreUnavailable
 from sgl_diffusion.server.dispatcher import Dispatcher, EngineAway
 from sgl_diffusion.server.drawing import PROGRESS_S
+from sgl_diffusion.server.errors import ApiError
 from sgl_diffusion.server.folders import REPORT, Folders
 from sgl_diffusion.server.jobs import Ended, Job, JobEvent, Kind, NewJob, Preview, Progress, Status, UploadState
+from sgl_diffusion.server.logs import JobLog
 from sgl_diffusion.server.scheduler import POLL_S
 from sgl_diffusion.server.store import JobStore
 
@@ -47,7 +52,7 @@ class Server:
     ) -> None:
         self.folders = Folders(folder)
         self.store = JobStore(f"sqlite:///{folder}/jobs.db", uuid.uuid4().hex, lease_seconds=LEASE_S)
-        args = ServeArgs(data_dir=str(folder), **{"snapshot_every": 5, "max_batch_size": 4, **serve})
+        self.args = args = ServeArgs(data_dir=str(folder), **{"snapshot_every": 5, "max_batch_size": 4, **serve})
         self.dispatcher = Dispatcher(model, args, self.store, self.folders, upload)
         self.ended: list[str] = []
         self.dispatcher.on_end.append(lambda job: self.ended.append(job.id))
@@ -81,8 +86,12 @@ class Server:
         await self.until(job, lambda e: isinstance(e, Progress) and e.step >= step)
 
     async def end(self, job: Job) -> Job:
+        """Told, and recorded."""
         event = await self.until(job, lambda e: isinstance(e, Ended))
         assert isinstance(event, Ended)
+        while self.dispatcher.drawn(job.id) is not None:
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0)  # who waits for results is told first
         return event.job
 
     @asynccontextmanager
@@ -190,7 +199,9 @@ def test_a_job_is_drawn_and_watched_from_beginning_to_end(
 
         assert [e for e in seen_by_slow if not isinstance(e, Progress)] == [*previews, last]
         assert len(seen_by_slow) < len(events)  # progress that it was too slow for
-        assert await server.watched(job) == [last]
+        await server.end(job)
+        recorded = server.store.get(job.id)
+        assert recorded is not None and await server.watched(job) == [Ended(recorded)]
 
         (result,) = last.job.results
         assert (result.name, result.media_type, result.seed) == ("0.png", "image/png", 3)
@@ -291,6 +302,50 @@ def test_results_that_cannot_be_stored_are_the_servers_fault(server: Server, run
         assert ended.failure is not None
         assert (ended.failure.type, ended.failure.code) == ("server_error", "storage_unavailable")
         assert (await server.end(await server.submit(num_inference_steps=1))).status is Status.COMPLETED
+
+    run(scenario())
+
+
+def test_who_waits_for_a_picture_has_it_before_it_is_recorded(
+    server: Server, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A clip's watcher, which may look for it in the list, is told when the list knows."""
+
+    async def scenario() -> None:
+        complete, has_room = server.store.complete, threading.Event()
+
+        def where_there_is_room(*args: Any) -> Job | None:
+            if has_room.is_set():
+                return complete(*args)
+            raise StoreUnavailable("database or disk is full")
+
+        monkeypatch.setattr(server.store, "complete", where_there_is_room)
+        job = await server.submit(num_inference_steps=1)
+        told = await server.until(job, lambda e: isinstance(e, Ended))
+        assert isinstance(told, Ended) and told.job.status is Status.COMPLETED and server.files(told.job)
+        known = server.store.get(job.id)
+        assert known is not None and known.status is Status.IN_PROGRESS and job.id not in server.ended
+        assert server.dispatcher.drawn(job.id) == told.job
+        assert await server.watched(job) == [told]  # who comes late
+        here = Context(MODEL, server.args, server.dispatcher, server.store, server.folders, 0, JobLog())
+        assert await here.job(job.id, "", Kind.IMAGE) == told.job
+        with pytest.raises(ApiError, match=job.id):
+            await here.job(job.id, "another tenant")
+        has_room.set()
+        await server.end(job)
+        recorded = server.store.get(job.id)
+        assert recorded is not None and recorded.status is Status.COMPLETED and recorded.results == told.job.results
+        assert server.dispatcher.drawn(job.id) is None and job.id in server.ended
+
+        has_room.clear()
+        clip = await server.submit(num_inference_steps=1, new={"kind": Kind.VIDEO})
+        watching = asyncio.create_task(server.watched(clip))
+        while not (server.folders.results(clip.id)).exists():
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.2)
+        assert not watching.done() and server.dispatcher.drawn(clip.id) is None
+        has_room.set()
+        assert isinstance((await watching)[-1], Ended)
 
     run(scenario())
 
@@ -480,7 +535,6 @@ def test_the_next_server_goes_on_where_one_stopped(tmp_path: Path, alone: Callab
         assert second.report(ended)["effective"]["resumed_after_step"] >= 7
         assert ended.crashes == 0 and ended.upload is UploadState.WAITING
         assert (await second.end(waiting)).status is Status.COMPLETED
-        await asyncio.sleep(0)  # who waits for results is told first
         assert second.ended == [running.id, waiting.id]
 
         cut_off = await second.submit(num_inference_steps=2000)

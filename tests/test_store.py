@@ -12,6 +12,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -625,6 +626,25 @@ def test_what_was_taken_without_an_answer_waits_again(postgres_url: str, monkeyp
     store.renew()
     assert get(store, drawn).status is Status.IN_PROGRESS and store.uploads_due(9) == []
     store.close()
+
+
+def test_the_connection_that_writes_is_opened_anew_when_it_breaks(tmp_path: Path) -> None:
+    opened: list[sqlite3.Connection] = []
+
+    def note(connection: sqlite3.Connection, _: object) -> None:
+        opened.append(connection)
+
+    sqlalchemy.event.listen(sqlalchemy.Pool, "connect", note)
+    try:
+        with closing(JobStore(f"sqlite:///{tmp_path}/jobs.db", "server-1")) as store:
+            ids = add(store, 2)
+            for connection in opened:
+                connection.close()
+            with pytest.raises(sqlalchemy.exc.ProgrammingError, match="closed database"):
+                add(store)
+            assert claimed(store) == ids
+    finally:
+        sqlalchemy.event.remove(sqlalchemy.Pool, "connect", note)
 
 
 @pytest.mark.parametrize(
