@@ -102,14 +102,15 @@ def test_a_swiglu_of_any_width_behind_any_head(form: str, head: int, width: int)
         assert all(rel_l2(*pair) < 2e-6 for pair in zip(got, want, strict=True))
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2e-3), (torch.float16, 2.5e-4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["pointer", "tma"])
-def test_a_swiglu_in_the_epilogue_is_rounded_once(form: str, dtype: torch.dtype, limit: float) -> None:
+def test_a_swiglu_in_the_epilogue_is_rounded_once(form: str, dtype: torch.dtype) -> None:
+    """As far from the truth as the truth rounded; a second rounding, of gates or of values, adds a quarter at least."""
     x, weight, bias = (torch.randn(*s, device=DEVICE).to(dtype) for s in ((40, 32), (96, 32), (96,)))
     with forced_tile("gemm", TILES[form]):
         got = gemm(x, weight, bias, swiglu_from=0, impl="triton")
     want = gemm_formula(x.double(), weight.double(), bias.double(), swiglu_from=0)
-    assert isinstance(want, Tensor) and rel_l2(got, want) < limit
+    assert isinstance(want, Tensor) and rel_l2(got, want) < 1.01 * rel_l2(want.to(dtype), want)
 
 
 def test_on_a_cpu_a_swiglu_has_the_bits_of_a_pass_after_the_product() -> None:

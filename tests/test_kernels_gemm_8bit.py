@@ -121,16 +121,18 @@ def test_a_swiglu_behind_any_head(head: int, format: str, form: str) -> None:
     assert rel_l2(place, exact) < (2e-3 if format == "int8" else 1e-2)
 
 
-@pytest.mark.parametrize(("dtype", "limit"), [(torch.bfloat16, 2e-3), (torch.float16, 2.5e-4)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["pointer", "tma"])
 @pytest.mark.parametrize("format", ["fp8", "int8"])
-def test_a_swiglu_in_the_epilogue_is_rounded_once(format: str, form: str, dtype: torch.dtype, limit: float) -> None:
+def test_a_swiglu_in_the_epilogue_is_rounded_once(format: str, form: str, dtype: torch.dtype) -> None:
+    """As far from the truth as the truth rounded; a second rounding, of gates or of values, adds a quarter at least."""
     gemm = gemm_fp8.gemm_fp8 if format == "fp8" else gemm_int8.gemm_int8
     codes = operands(format, (2, 20), 32, 96)
     with forced(f"gemm_{format}", form):
         got = gemm(*codes, swiglu_from=0, dtype=dtype, impl="triton")
     want = gemm_8bit_formula(*codes, swiglu_from=0)
-    assert isinstance(want, Tensor) and got.dtype == dtype and rel_l2(got, want) < limit
+    assert isinstance(want, Tensor) and got.dtype == dtype
+    assert rel_l2(got, want) < 1.01 * rel_l2(want.to(dtype), want)
 
 
 @pytest.mark.parametrize(("head", "width"), [(0, 64), (64, 128), (128, 192)])
