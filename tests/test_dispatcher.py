@@ -309,7 +309,9 @@ def test_results_that_cannot_be_stored_are_the_servers_fault(server: Server, run
 def test_who_waits_for_a_picture_has_it_before_it_is_recorded(
     server: Server, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clip's watcher, which may look for it in the list, is told when the list knows."""
+    """Who may look for the job elsewhere is told when it is known there: of a clip in the list, of any job on a server
+    that shares them, or uploads them.
+    """
 
     async def scenario() -> None:
         complete, has_room = server.store.complete, threading.Event()
@@ -337,15 +339,24 @@ def test_who_waits_for_a_picture_has_it_before_it_is_recorded(
         assert recorded is not None and recorded.status is Status.COMPLETED and recorded.results == told.job.results
         assert server.dispatcher.drawn(job.id) is None and job.id in server.ended
 
-        has_room.clear()
-        clip = await server.submit(num_inference_steps=1, new={"kind": Kind.VIDEO})
-        watching = asyncio.create_task(server.watched(clip))
-        while not (server.folders.results(clip.id)).exists():
-            await asyncio.sleep(0.01)
-        await asyncio.sleep(0.2)
-        assert not watching.done() and server.dispatcher.drawn(clip.id) is None
-        has_room.set()
-        assert isinstance((await watching)[-1], Ended)
+        (scheduler,) = server.dispatcher.schedulers
+        for kind, changed in (
+            (Kind.VIDEO, {}),
+            (Kind.IMAGE, {"upload_state": UploadState.WAITING}),
+            (Kind.IMAGE, {"_alone": False}),
+        ):
+            with monkeypatch.context() as patch:
+                for name, value in changed.items():
+                    patch.setattr(scheduler, name, value)
+                has_room.clear()
+                job = await server.submit(num_inference_steps=1, new={"kind": kind})
+                watching = asyncio.create_task(server.watched(job))
+                while not server.folders.results(job.id).exists():
+                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.2)
+                assert not watching.done() and server.dispatcher.drawn(job.id) is None
+                has_room.set()
+                assert isinstance((await watching)[-1], Ended)
 
     run(scenario())
 
