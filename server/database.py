@@ -91,8 +91,11 @@ class Database:
         return datetime.now(UTC)
 
     def close(self) -> None:
-        if self._writes is not None:
-            self._writes.close()
+        """Waits for a write under way: SQLite ends the process where a connection is closed under a statement."""
+        with self._writer:
+            if self._writes is not None:
+                self._writes.close()
+            self._writes = None
         self._engine.dispose()
 
     def _make_tables(self) -> None:

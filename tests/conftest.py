@@ -1,11 +1,18 @@
 """Without an NVIDIA GPU, kernels run in Triton's interpreter, which is chosen before Triton is imported."""
 
+from __future__ import annotations
+
 import os
+import uuid
 from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from postgres import Postgres
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -52,3 +59,28 @@ def nothing_compiled() -> None:
     import torch
 
     torch.compiler.reset()
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[Postgres]:
+    from postgres import running_postgres
+
+    with running_postgres() as server:
+        yield server
+
+
+@pytest.fixture
+def postgres_url(postgres: Postgres) -> str:
+    """Of a database with nothing in it."""
+    return postgres.empty(f"store_{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/jobs.db"
+
+
+@pytest.fixture(params=["sqlite", "postgres"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """Of an empty database, of each kind."""
+    return str(request.getfixturevalue(f"{request.param}_url"))

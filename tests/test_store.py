@@ -12,55 +12,27 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 import sqlalchemy
-from postgres import Postgres, running_postgres
+from job_stores import LOCAL, PICTURE, add, claimed, get, new
 
-from sgl_diffusion.runtime.errors import UserError
-from sgl_diffusion.server.jobs import Failure, Job, Kind, NewJob, ResultFile, Status, UploadState
-from sgl_diffusion.server.store import IdempotencyConflict, JobStore, QueueFull, StoreUnavailable
-
-PICTURE = ResultFile("0.png", "image/png", 1234, 7)
-LOCAL = UploadState.LOCAL
-
-
-@pytest.fixture(scope="session")
-def postgres() -> Iterator[Postgres]:
-    with running_postgres() as server:
-        yield server
-
-
-@pytest.fixture
-def postgres_url(postgres: Postgres) -> str:
-    return postgres.empty(f"store_{uuid.uuid4().hex}")
-
-
-@pytest.fixture
-def sqlite_url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/jobs.db"
-
-
-@pytest.fixture(params=["sqlite", "postgres"])
-def url(request: pytest.FixtureRequest) -> str:
-    return str(request.getfixturevalue(f"{request.param}_url"))
-
+from sgl_diffusion.server.jobs import Failure, Kind, Status, UploadState
+from sgl_diffusion.server.store import IdempotencyConflict, JobStore, QueueFull
 
 Open = Callable[..., JobStore]
 
 
 @pytest.fixture
-def open_store(url: str) -> Iterator[Open]:
+def open_store(database_url: str) -> Iterator[Open]:
     stores = []
 
     def open_(server_id: str = "server-1", **options: Any) -> JobStore:
-        stores.append(JobStore(url, server_id, **options))
+        stores.append(JobStore(database_url, server_id, **options))
         return stores[-1]
 
     yield open_
@@ -71,29 +43,6 @@ def open_store(url: str) -> Iterator[Open]:
 @pytest.fixture
 def store(open_store: Open) -> JobStore:
     return open_store()
-
-
-def new(**fields: Any) -> NewJob:
-    defaults = {"id": f"img_{uuid.uuid4().hex}", "kind": Kind.IMAGE, "sampling": {"prompt": ["a red circle"]}}
-    return NewJob(**defaults | fields)
-
-
-def add(store: JobStore, count: int = 1, **fields: Any) -> list[str]:
-    return [store.add(new(**fields), 10_000)[0].id for _ in range(count)]
-
-
-def claimed(store: JobStore) -> list[str]:
-    """All that wait, in the order of claims."""
-    ids = []
-    while jobs := store.claim():
-        ids += [job.id for job in jobs]
-    return ids
-
-
-def get(store: JobStore, job_id: str) -> Job:
-    job = store.get(job_id)
-    assert job is not None
-    return job
 
 
 # A job's life
@@ -523,10 +472,10 @@ def _told(logs: list[Path], word: str) -> list[str]:
     return [job_id for said, job_id in lines if said == word]
 
 
-def test_killed_servers_lose_nothing(url: str, tmp_path: Path, open_store: Open) -> None:
+def test_killed_servers_lose_nothing(database_url: str, tmp_path: Path, open_store: Open) -> None:
     """Three of them share the queue (of SQLite too, though that is not for sharing), and die in the middle."""
     logs = [tmp_path / f"server-{number}" for number in range(3)]
-    servers = [SPAWN.Process(target=_serve, args=(url, log.name, str(log)), daemon=True) for log in logs]
+    servers = [SPAWN.Process(target=_serve, args=(database_url, log.name, str(log)), daemon=True) for log in logs]
     for server in servers:
         server.start()
     deadline = time.monotonic() + 60
@@ -552,117 +501,6 @@ def test_killed_servers_lose_nothing(url: str, tmp_path: Path, open_store: Open)
         store.complete(job_id, [PICTURE], LOCAL)
     counts = store.counts()
     assert counts[Status.COMPLETED] == sum(counts.values()) >= len(added)
-    if url.startswith("sqlite"):
-        with sqlite3.connect(url.removeprefix("sqlite:///")) as file:
+    if database_url.startswith("sqlite"):
+        with sqlite3.connect(database_url.removeprefix("sqlite:///")) as file:
             assert file.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-
-
-def test_readers_of_sqlite_do_not_wait_for_a_writer(sqlite_url: str) -> None:
-    store = JobStore(sqlite_url, "server-1")
-    (job_id,) = add(store)
-    writer = sqlite3.connect(sqlite_url.removeprefix("sqlite:///"), isolation_level=None)
-    writer.execute("BEGIN IMMEDIATE")
-    writer.execute("UPDATE sglang_jobs SET step = 5")
-    began = time.monotonic()
-    assert get(store, job_id).step == 0
-    assert time.monotonic() - began < 1
-    writer.close()
-    store.close()
-
-
-# The database
-
-
-def test_two_servers_make_the_tables_together(url: str) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        stores = list(pool.map(lambda number: JobStore(url, f"server-{number}"), range(4)))
-    assert len({store.database_id() for store in stores}) == 1
-    for store in stores:
-        store.close()
-
-
-def test_tables_of_another_version_are_left_alone(url: str, store: JobStore) -> None:
-    engine = sqlalchemy.create_engine(url)
-    with engine.begin() as db:
-        db.exec_driver_sql("UPDATE sglang_schema SET version = 99")
-    with pytest.raises(UserError, match="version 99.*version 1"):
-        JobStore(url, "server-2")
-    engine.dispose()
-
-
-def test_a_database_that_went_away_is_named_and_found_again() -> None:
-    with running_postgres() as server:
-        store = JobStore(server.url, "server-1")
-        (job_id,) = add(store)
-        server.stop()
-        for call in (lambda: store.get(job_id), lambda: store.claim(), lambda: store.renew()):
-            with pytest.raises(StoreUnavailable) as away:
-                call()
-            assert "\n" not in str(away.value)
-        server.start()
-        assert claimed(store) == [job_id]
-        store.close()
-
-
-def test_what_was_taken_without_an_answer_waits_again(postgres_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    store = JobStore(postgres_url, "server-1")
-    uploading, drawn = add(store, 2)
-    store.claim()
-    store.complete(uploading, [PICTURE], UploadState.WAITING)
-    commit = psycopg.Connection.commit
-
-    def break_after(connection: Any) -> None:
-        commit(connection)
-        raise psycopg.OperationalError("the connection is lost")
-
-    with monkeypatch.context() as broken:
-        broken.setattr(psycopg.Connection, "commit", break_after)
-        for call in (store.claim, lambda: store.uploads_due(1)):
-            with pytest.raises(StoreUnavailable):
-                call()
-    assert get(store, drawn).status is Status.IN_PROGRESS and store.uploads_due(1) == []
-    assert store.renew() == set()
-    assert claimed(store) == [drawn] and [job.id for job in store.uploads_due(9)] == [uploading]
-    store.renew()
-    assert get(store, drawn).status is Status.IN_PROGRESS and store.uploads_due(9) == []
-    store.close()
-
-
-def test_the_connection_that_writes_is_opened_anew_when_it_breaks(tmp_path: Path) -> None:
-    opened: list[sqlite3.Connection] = []
-
-    def note(connection: sqlite3.Connection, _: object) -> None:
-        opened.append(connection)
-
-    sqlalchemy.event.listen(sqlalchemy.Pool, "connect", note)
-    try:
-        with closing(JobStore(f"sqlite:///{tmp_path}/jobs.db", "server-1")) as store:
-            ids = add(store, 2)
-            for connection in opened:
-                connection.close()
-            with pytest.raises(sqlalchemy.exc.ProgrammingError, match="closed database"):
-                add(store)
-            assert claimed(store) == ids
-    finally:
-        sqlalchemy.event.remove(sqlalchemy.Pool, "connect", note)
-
-
-@pytest.mark.parametrize(
-    ("url", "says"),
-    [
-        ("jobs.db", "cannot be read"),
-        ("sqlite:///{tmp}/missing/jobs.db", "unable to open database file"),
-        ("sqlite:///{tmp}/not-one.db", "not a database"),
-        ("sqlite://", "in memory"),
-        ("sqlite+aiosqlite:///{tmp}/jobs.db", "asynchronous"),
-        ("quicksand://host/jobs", "quicksand"),
-        ("oracle+oracledb://scott:tiger@host/jobs", "driver is not installed: oracledb"),
-        ("postgresql://scott:tiger@127.0.0.1:1/jobs", "refused"),
-    ],
-)
-def test_a_database_that_cannot_be_used_is_one_line(tmp_path: Path, url: str, says: str) -> None:
-    (tmp_path / "not-one.db").write_bytes(b"nothing of the kind " * 100)
-    with pytest.raises(UserError) as refused:
-        JobStore(url.format(tmp=tmp_path), "server-1")
-    line = str(refused.value)
-    assert line.startswith("database_url") and says in line and "\n" not in line and "tiger" not in line
