@@ -213,6 +213,11 @@ class Dispatcher:
         """A job whose end was told to those who wait for it, as long as the store does not know that yet."""
         return self._news.drawn.get(job_id)
 
+    async def counts(self) -> dict[Status, int]:
+        """Jobs of every status. Ends that were told are counted: they are being recorded, and that is waited for."""
+        run = self._thread.run if self._news.drawn else asyncio.to_thread
+        return await run(self._store.counts)
+
     async def cancel(self, job_id: str) -> Job | None:
         """Ends a waiting job, and a running one after its current step. One that has ended stays as it is.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 from typing import Any, Literal
 
@@ -72,7 +71,7 @@ async def server_info(here: Here, tenant: Tenant) -> Response:
     engine = here.dispatcher.engine
     serve = here.args.model_dump(mode="json", exclude={"api_key", "database_url"})
     database = (here.args.database_url or "sqlite").partition(":")[0]
-    counts = await asyncio.to_thread(here.store.counts)
+    counts = await here.dispatcher.counts()
     return JSONResponse(
         {
             "version": importlib.metadata.version("sgl-diffusion"),

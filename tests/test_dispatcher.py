@@ -361,6 +361,29 @@ def test_who_waits_for_a_picture_has_it_before_it_is_recorded(
     run(scenario())
 
 
+def test_who_has_a_picture_finds_it_counted(server: Server, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also while its end is being recorded, which is waited for then."""
+
+    async def scenario() -> None:
+        complete, go_on = server.store.complete, threading.Event()
+
+        def slowly(*args: Any) -> Job | None:
+            assert go_on.wait(20)
+            return complete(*args)
+
+        monkeypatch.setattr(server.store, "complete", slowly)
+        before = await server.dispatcher.counts()
+        job = await server.submit(num_inference_steps=1)
+        await server.watched(job)
+        counting = asyncio.create_task(server.dispatcher.counts())
+        await asyncio.sleep(0.2)
+        was_done = counting.done()
+        go_on.set()
+        assert await counting == before | {Status.COMPLETED: before[Status.COMPLETED] + 1} and not was_done
+
+    run(scenario())
+
+
 # -- order and cancelling ------------------------------------------------------------
 
 
