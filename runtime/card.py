@@ -6,12 +6,13 @@ import hashlib
 import json
 from contextlib import suppress
 from dataclasses import asdict, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sgl_diffusion.models.family import Guidance, Size
 from sgl_diffusion.runtime.args import SamplingParams
 from sgl_diffusion.runtime.checked import Checked
-from sgl_diffusion.runtime.output import output_names
+from sgl_diffusion.runtime.output import CRAMPED, output_names
 from sgl_diffusion.runtime.pipeline import NativePipeline
 from sgl_diffusion.runtime.plan import dtype_name
 from sgl_diffusion.runtime.prewarm import size_step
@@ -32,21 +33,25 @@ def check(engine: Engine, params: SamplingParams) -> Checked:
         UserError: it cannot.
     """
     backend, request = engine.backend, resolve_request(params, engine.model.sampling_defaults, engine.args)
+    for_any_prompt = "image_path" not in request.given
     if params.save_output:
-        output_names(params, request, is_video=backend.draws_video)
+        names = output_names(params, request, is_video=backend.draws_video)
+        for_any_prompt &= Path(names[0]).suffix.lower() not in CRAMPED
     if isinstance(backend, NativePipeline):
         job = backend.prepare(request)
         branches = 1 if job.negative_prompt is None else 2
         work = float(job.steps * backend.family.image_tokens(job.size) * request.count * branches)
         alone = bool(job.pictures) or backend.neighbours.keep_apart(job.size)
         key, size = None if alone else _batch_key(request), job.size
-        return Checked(size.height, size.width, size.frames, job.fps, job.steps, request.count, work, key)
+        shape = size.height, size.width, size.frames, job.fps
+        return Checked(*shape, job.steps, request.count, work, key, for_any_prompt)
     backend.prepare(request)
     given = request.given
     height, width, frames, steps = (given.get(k) for k in ("height", "width", "num_frames", "num_inference_steps"))
     work = float((height or 1024) * (width or 1024) * (frames or 1) * (steps or 50) * request.count)
     fps = given.get("fps", DEFAULT_FPS) if backend.draws_video else None
-    return Checked(height, width, frames if backend.draws_video else 1, fps, steps, request.count, work, None)
+    frames = frames if backend.draws_video else 1
+    return Checked(height, width, frames, fps, steps, request.count, work, None, for_any_prompt)
 
 
 def _batch_key(request: Request) -> str:

@@ -13,7 +13,9 @@ class Checked:
         fps: None for pictures.
         count: results.
         work: a measure of the cost, in tokens and steps, or in pixels; comparable within one model.
-        batch_key: requests with the same one can be drawn as one request; None: by itself only.
+        batch_key: requests with the same one can be drawn as one request; None: by itself only. It may become None when
+            batches are found to gain nothing.
+        for_any_prompt: the rest holds for all requests that differ from this one in prompts and seeds alone.
     """
 
     height: int | None
@@ -24,3 +26,4 @@ class Checked:
     count: int
     work: float
     batch_key: str | None
+    for_any_prompt: bool

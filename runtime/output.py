@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp")
 LOSSLESS = (".png", ".gif")  # formats without a quality to choose
+CRAMPED = (".jpg", ".jpeg")  # formats that may have no room for a prompt
 SLUG_LENGTH = 80
 NAME_BYTES = 255  # the longest file name that common file systems take
 JPEG_NOTE_BYTES = 60_000  # a JPEG segment ends at 64 KiB; the rest is for the other parameters
@@ -104,7 +105,7 @@ def output_names(params: SamplingParams, request: Request, *, is_video: bool) ->
     if is_video:
         sides = [request.given[side] for side in ("height", "width") if side in request.given]
         check_clip(Path(name), sides, request.given.get("fps"))
-    if suffix in (".jpg", ".jpeg"):
+    if suffix in CRAMPED:
         _demand_room_for_prompts(request)
     stem = name[: -len(suffix)]
     names = [name] if request.count == 1 else [f"{stem}_{i}{suffix}" for i in range(request.count)]

@@ -11,7 +11,7 @@ import resource
 import statistics
 import subprocess
 import uuid
-from functools import cache
+from functools import cache, cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -160,7 +160,7 @@ class ComponentLoad(BaseModel):
     upload_ms: Milliseconds = 0.0
 
     @computed_field  # type: ignore[prop-decorator]
-    @property
+    @cached_property
     def gb_per_s(self) -> float:
         """Of the time that has passed."""
         return self.bytes_read / 1e6 / self.wall_ms if self.wall_ms else 0.0
@@ -179,7 +179,7 @@ class LoadReport(BaseModel):
     components: dict[str, ComponentLoad]
 
     @computed_field  # type: ignore[prop-decorator]
-    @property
+    @cached_property
     def total(self) -> ComponentLoad | None:
         """Of all components whose weights were read, one after another."""
         read = [c for c in self.components.values() if c.weights == "read"]

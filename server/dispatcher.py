@@ -12,13 +12,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
 
 from sgl_diffusion.runtime.args import ServerArgs
-from sgl_diffusion.runtime.checked import Checked
 from sgl_diffusion.server import messages
 from sgl_diffusion.server.args import ServeArgs
 from sgl_diffusion.server.database import StoreUnavailable
@@ -69,7 +67,8 @@ class Dispatcher:
             Scheduler(serve_args, store, self._thread, folders, engine, self._news, upload_state)
             for engine in self._engines
         ]
-        self.engine = Replicas(self._engines)
+        # where jobs are drawn together, which of them can be is found out as they are drawn
+        self.engine = Replicas(self._engines, verdicts_last=serve_args.max_batch_size == 1)
         self._working: list[asyncio.Task[None]] = []
         self._tending: asyncio.Task[None] | None = None
         self._stop: asyncio.Task[None] | None = None
@@ -176,15 +175,6 @@ class Dispatcher:
         self._news.dismiss(lambda _: True)
 
     # -- what clients want -----------------------------------------------------------
-
-    async def check(self, sampling: Mapping[str, Any]) -> Checked:
-        """What a request comes to.
-
-        Raises:
-            UserError: it cannot be honoured.
-            EngineAway: there is nobody to ask.
-        """
-        return await self.engine.best.check(sampling)
 
     async def submit(self, new: NewJob) -> tuple[Job, bool]:
         """Puts a job into the queue; from then on it is safe. False: it was there already, by its idempotency key.

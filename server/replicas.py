@@ -6,19 +6,45 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sgl_diffusion.runtime.args import ServerArgs
+from sgl_diffusion.runtime.checked import Checked
 from sgl_diffusion.runtime.errors import UserError
 from sgl_diffusion.runtime.parallel.layout import read_layout
 from sgl_diffusion.server.engine_process import EngineProcess, EngineState
+from sgl_diffusion.server.verdicts import Verdicts
 
 BEST_FIRST: Sequence[EngineState] = ("ready", "starting", "restarting", "failed")
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
 
 class Replicas:
-    """How they are: as the best of them, which requests can go to."""
+    """How they are: as the best of them, which requests can go to.
 
-    def __init__(self, engines: Sequence[EngineProcess]) -> None:
-        self._engines = engines
+    Args:
+        verdicts_last: what an engine has said of a request holds for those that are like it.
+    """
+
+    def __init__(self, engines: Sequence[EngineProcess], *, verdicts_last: bool) -> None:
+        self._engines, self._verdicts_last = engines, verdicts_last
+        self._verdicts, self._deaths_before = Verdicts(), 0
+
+    async def check(self, sampling: Mapping[str, Any]) -> Checked:
+        """What a request comes to.
+
+        Raises:
+            UserError: it cannot be honoured.
+            EngineAway: there is nobody to ask.
+        """
+        engine = self.best
+        if not self._verdicts_last or engine.status.state != "ready":
+            return await engine.check(sampling)
+        if self.restarts != self._deaths_before:
+            self._verdicts.forget()
+            self._deaths_before = self.restarts
+        if (known := self._verdicts.find(sampling)) is not None:
+            return known
+        checked = await engine.check(sampling)
+        self._verdicts.keep(sampling, checked)
+        return checked
 
     @property
     def best(self) -> EngineProcess:

@@ -28,6 +28,9 @@ log = logging.getLogger("sgl_diffusion")
 POLL_S = 1.0  # for jobs that other servers put into a shared queue
 RECORD_STEP_S = 0.2  # between two records of a job's progress
 
+Told = asyncio.Queue[messages.JobMessage | Died]
+"""What the engine tells of a batch."""
+
 
 class Scheduler:
     """One engine's: its task is `work`.
@@ -55,19 +58,23 @@ class Scheduler:
         self._alone = args.database_url is None  # no other server adds jobs
         self._unwanted: set[str] = set()  # of ours, those that a client cancelled
         self._resting = self._is_reserved = self._stopping = False
-        self._handed: Job | None = None
+        self._handed: tuple[Job, Told | None] | None = None  # None: the engine does not know of it yet
 
     async def work(self) -> None:
         """Batch after batch, until `stop`."""
         while not self._stopping or self._handed is not None:
             self._wake.clear()
             handed, self._handed = self._handed, None
+            job, told = handed or (None, None)
             try:
-                jobs = [] if handed is None else [handed]
-                if not jobs and self._engine.status.state == "ready":
-                    jobs = await self._claim()
-                for batch in self._batches(await self._with_company(jobs)):
-                    await self._draw(batch)
+                jobs = [] if job is None else [job]
+                if told is not None:
+                    await self._follow(jobs, told)
+                else:
+                    if job is None and self._engine.status.state == "ready":
+                        jobs = await self._claim()
+                    for batch in self._batches(await self._with_company(jobs)):
+                        await self._draw(batch)
             except StoreUnavailable as e:
                 log.error("no job can be taken from the queue, or be given back: %s", e)
                 jobs = []
@@ -99,8 +106,12 @@ class Scheduler:
             self._wake.set()
 
     def hand(self, job: Job) -> None:
-        """Draws a job, which this server has claimed, as the next."""
-        self.mine[job.id] = self._handed = job
+        """Draws a job, which this server has claimed, as the next. The engine begins now if no other can join it."""
+        self.mine[job.id], told = job, None
+        if not self._has_room([job]):
+            with suppress(EngineAway):  # then it goes back, as any other
+                told = self._begin([job])
+        self._handed = job, told
         self._wake.set()
 
     def wake(self) -> None:
@@ -122,23 +133,26 @@ class Scheduler:
 
     async def _with_company(self, jobs: list[Job]) -> list[Job]:
         """The job whose turn it is, if any, and others that can be drawn with it, for which it waits a little."""
-        room = self.args.max_batch_size - _results(jobs)
-        if not jobs or room < _results(jobs[:1]) or not self._is_sociable(jobs[0]):
+        if not jobs or not self._has_room(jobs) or not self._is_sociable(jobs[0]):
             return jobs
         deadline = time.monotonic() + self.args.batch_wait_ms / 1000
-        while room >= _results(jobs[:1]) and not self._stopping:
+        while self._has_room(jobs) and not self._stopping:
             self._wake.clear()
+            room = self.args.max_batch_size - _results(jobs)
             try:
                 more = await self._claim(limit=room, batch_key=jobs[0].batch_key, max_results=room)
             except StoreUnavailable as e:
                 log.error("%s is drawn without company: %s", jobs[0].id, e)
                 break
             jobs += more
-            room -= _results(more)
             if not more and not await self._woken(deadline - time.monotonic()):
                 break
         self._wake.set()  # others may have come
         return jobs
+
+    def _has_room(self, jobs: Sequence[Job]) -> bool:
+        """Whether one more like these fits into their batch."""
+        return _results(jobs) + _results(jobs[:1]) <= self.args.max_batch_size
 
     async def _claim(self, **wanted: Any) -> list[Job]:
         jobs = await self._thread.run(self.store.claim, **wanted)
@@ -165,11 +179,8 @@ class Scheduler:
 
     async def _draw(self, batch: Sequence[Job]) -> None:
         """Until all of them have ended, or are back in the queue."""
-        drawn = [DrawnJob(id=job.id, sampling=job.sampling, presentation=job.presentation) for job in batch]
         try:
-            if self._stopping:
-                raise self._engine.away()
-            told = self._engine.draw(Draw(jobs=drawn, snapshot_every=self.args.snapshot_every))
+            told = self._begin(batch)
         except EngineAway:
             for job in batch:
                 await self._give_back(job, crashed=False)
@@ -178,7 +189,14 @@ class Scheduler:
             self.unwant(job_id)
         await self._follow(batch, told)
 
-    async def _follow(self, batch: Sequence[Job], told: asyncio.Queue[messages.JobMessage | Died]) -> None:
+    def _begin(self, batch: Sequence[Job]) -> Told:
+        """Has the engine draw. Raises EngineAway."""
+        if self._stopping:
+            raise self._engine.away()
+        drawn = [DrawnJob(id=job.id, sampling=job.sampling, presentation=job.presentation) for job in batch]
+        return self._engine.draw(Draw(jobs=drawn, snapshot_every=self.args.snapshot_every))
+
+    async def _follow(self, batch: Sequence[Job], told: Told) -> None:
         left, recorded, begun = {job.id: job for job in batch}, time.monotonic(), False
         while left:
             match await told.get():

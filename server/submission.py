@@ -93,7 +93,7 @@ class Submission:
     async def _checked(self, job_id: str, asked: Asked, paths: Sequence[str]) -> NewJob:
         file_name = f"0.{asked.presentation['output_format']}"  # options of the output depend on the format
         try:
-            checked = await self.here.dispatcher.check(asked.sampling | {"output_file_name": file_name})
+            checked = await self.here.dispatcher.engine.check(asked.sampling | {"output_file_name": file_name})
         except UserError as e:
             raise of_user_error(e, {**asked.spelled, "image_path": PICTURE_FIELD[self.kind]}) from None
         presentation = asked.presentation | {"origin": dict(origin.get())}

@@ -4,159 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import io
-import json
 import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from dispatching import MODEL, PROMPT, Run, Server
 from PIL import Image
 
 from sgl_diffusion.runtime.args import SamplingParams, ServerArgs
 from sgl_diffusion.runtime.engine import Engine
 from sgl_diffusion.runtime.errors import RunFailure, UserError
-from sgl_diffusion.server.args import ServeArgs
 from sgl_diffusion.server.context import Context
 from sgl_diffusion.server.database import StoreUnavailable
-from sgl_diffusion.server.dispatcher import Dispatcher, EngineAway
+from sgl_diffusion.server.dispatcher import EngineAway
 from sgl_diffusion.server.drawing import PROGRESS_S
 from sgl_diffusion.server.errors import ApiError
-from sgl_diffusion.server.folders import REPORT, Folders
-from sgl_diffusion.server.jobs import Ended, Job, JobEvent, Kind, NewJob, Preview, Progress, Status, UploadState
+from sgl_diffusion.server.jobs import Ended, Job, Kind, Preview, Progress, Status, UploadState
 from sgl_diffusion.server.logs import JobLog
-from sgl_diffusion.server.scheduler import POLL_S
-from sgl_diffusion.server.store import JobStore
-
-PROMPT = "a red circle left of a blue square"
-MODEL = ServerArgs(device="cpu", log_level="warning")
-LIMIT_S = 150.0  # a machine that does other things takes ten times as long to load an engine
-
-LEASE_S = 1.5
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
-
-
-class Server:
-    """A dispatcher with its store, in a folder of its own."""
-
-    def __init__(
-        self, folder: Path, model: ServerArgs = MODEL, *, upload: UploadState = UploadState.LOCAL, **serve: Any
-    ) -> None:
-        self.folders = Folders(folder)
-        self.store = JobStore(f"sqlite:///{folder}/jobs.db", uuid.uuid4().hex, lease_seconds=LEASE_S)
-        self.args = args = ServeArgs(data_dir=str(folder), **{"snapshot_every": 5, "max_batch_size": 4, **serve})
-        self.dispatcher = Dispatcher(model, args, self.store, self.folders, upload)
-        self.ended: list[str] = []
-        self.dispatcher.on_end.append(lambda job: self.ended.append(job.id))
-
-    async def submit(self, prompt: str = PROMPT, *, new: dict[str, Any] | None = None, **sampling: Any) -> Job:
-        checked = await self.dispatcher.check({"prompt": [prompt], **sampling})
-        job, created = await self.dispatcher.submit(
-            NewJob(
-                id=f"img_{uuid.uuid4().hex}",
-                sampling={"prompt": [prompt], **sampling},
-                work=checked.work,
-                batch_key=checked.batch_key,
-                **{"kind": Kind.IMAGE, **(new or {})},
-            )
-        )
-        assert created
-        return job
-
-    async def until(self, job: Job, is_it: Callable[[JobEvent], bool]) -> JobEvent:
-        with self.dispatcher.watch(job.id) as events:
-            async for event in events:
-                if is_it(event):
-                    return event
-        raise AssertionError("it ended before")
-
-    async def watched(self, job: Job) -> list[JobEvent]:
-        with self.dispatcher.watch(job.id) as events:
-            return [event async for event in events]
-
-    async def reaches(self, job: Job, step: int) -> None:
-        await self.until(job, lambda e: isinstance(e, Progress) and e.step >= step)
-
-    async def end(self, job: Job) -> Job:
-        """Told, and recorded."""
-        event = await self.until(job, lambda e: isinstance(e, Ended))
-        assert isinstance(event, Ended)
-        while self.dispatcher.drawn(job.id) is not None:
-            await asyncio.sleep(0.001)
-        await asyncio.sleep(0)  # who waits for results is told first
-        return event.job
-
-    @asynccontextmanager
-    async def busy(self) -> AsyncIterator[None]:
-        """The engine draws something long, so that jobs queue up behind it."""
-        long = await self.submit(num_inference_steps=500, seed=0)
-        await self.reaches(long, 1)
-        yield
-        await self.dispatcher.cancel(long.id)
-        await self.end(long)
-        while long.id not in self.ended:  # a watcher that asks the database may know it before
-            await asyncio.sleep(0.01)
-        self.ended.remove(long.id)
-
-    async def rests(self) -> None:
-        """It has nothing to do."""
-        while not all(scheduler.is_idle for scheduler in self.dispatcher.schedulers):
-            await asyncio.sleep(0.01)
-
-    def kill_engine(self) -> None:
-        pid = self.dispatcher.engine.pid
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-
-    async def dies(self) -> None:
-        """The engine is killed, and this is noticed."""
-        self.kill_engine()
-        while self.dispatcher.engine.state == "ready":
-            await asyncio.sleep(0.01)
-
-    async def comes_back(self) -> None:
-        """What a dead engine had told before may still be on its way to watchers; not so when the next one is ready."""
-        while self.dispatcher.engine.state != "ready":
-            await asyncio.sleep(0.01)
-
-    def files(self, job: Job) -> list[bytes]:
-        return [(self.folders.results(job.id) / result.name).read_bytes() for result in job.results]
-
-    def report(self, job: Job) -> dict[str, Any]:
-        report: dict[str, Any] = json.loads((self.folders.results(job.id) / REPORT).read_text())
-        return report
 
 
 @pytest.fixture(scope="module")
-def loop() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture
-def run(loop: asyncio.Runner) -> Run:
-    async def limited(work: Coroutine[Any, Any, None]) -> None:
-        async with asyncio.timeout(LIMIT_S):
-            await work
-
-    return lambda work: loop.run(limited(work))
-
-
-@pytest.fixture(scope="module")
-def server(loop: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(runner: asyncio.Runner, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One for the tests that leave it as they found it."""
     started = Server(tmp_path_factory.mktemp("server"))
-    loop.run(started.dispatcher.start())
+    runner.run(started.dispatcher.start())
     yield started
-    loop.run(started.dispatcher.stop())
+    runner.run(started.dispatcher.stop())
 
 
 @pytest.fixture(scope="module")
@@ -283,8 +163,8 @@ def test_a_request_that_cannot_be_honoured_is_refused_beside_a_running_one(serve
     async def scenario() -> None:
         async with server.busy():
             with pytest.raises(UserError, match="height=65"):
-                await server.dispatcher.check({"prompt": [PROMPT], "height": 65})
-            assert (await server.dispatcher.check({"prompt": [PROMPT], "num_inference_steps": 7})).steps == 7
+                await server.dispatcher.engine.check({"prompt": [PROMPT], "height": 65})
+            assert (await server.dispatcher.engine.check({"prompt": [PROMPT], "num_inference_steps": 7})).steps == 7
 
     run(scenario())
 
@@ -449,55 +329,6 @@ def test_another_server_of_the_same_database_watches_and_cancels(server: Server,
     run(scenario())
 
 
-def test_a_picture_goes_to_an_idle_engine_without_a_stay_in_the_queue(server: Server, run: Run) -> None:
-    async def scenario() -> None:
-        await server.end(await server.submit(num_inference_steps=1))
-        await server.rests()
-        first, second = await server.submit(num_inference_steps=40), await server.submit(num_inference_steps=1)
-        assert (first.status, second.status) == (Status.IN_PROGRESS, Status.QUEUED)
-        assert first.started_at == first.created_at
-        assert [(await server.end(job)).status for job in (first, second)] == [Status.COMPLETED] * 2
-        await server.rests()
-        clip = await server.submit(num_inference_steps=1, new={"kind": Kind.VIDEO})
-        assert clip.status is Status.QUEUED  # as its client expects
-        await server.end(clip)
-
-    run(scenario())
-
-
-def test_a_picture_whose_client_leaves_as_it_is_claimed_is_drawn_all_the_same(server: Server, run: Run) -> None:
-    async def scenario() -> None:
-        for waited in range(4):
-            await server.rests()
-            sampling = {"prompt": [PROMPT], "num_inference_steps": 1}
-            new = NewJob(id=f"img_{uuid.uuid4().hex}", kind=Kind.IMAGE, sampling=sampling)
-            submitting = asyncio.create_task(server.dispatcher.submit(new))
-            for _ in range(1 + waited):
-                await asyncio.sleep(0)
-            submitting.cancel()
-            await asyncio.wait([submitting])
-            while (job := server.store.get(new.id)) is None:
-                await asyncio.sleep(0.01)
-            assert (await server.end(job)).status is Status.COMPLETED
-
-    run(scenario())
-
-
-def test_what_comes_while_a_handed_picture_is_drawn_is_next(server: Server, run: Run) -> None:
-    """Also where it cannot be drawn with it: nobody waits for a look at the queue now and then."""
-
-    async def scenario() -> None:
-        for _ in range(3):
-            await server.rests()
-            first = await server.submit(num_inference_steps=20)
-            other = await server.submit(num_inference_steps=1)
-            ended = await server.end(first), await server.end(other)
-            began, over = ended[1].started_at, ended[0].ended_at
-            assert began is not None and over is not None and (began - over).total_seconds() < POLL_S / 2
-
-    run(scenario())
-
-
 # -- death and resurrection ----------------------------------------------------------
 
 
@@ -510,7 +341,7 @@ def test_a_job_whose_engine_is_killed_goes_on_to_the_same_bytes(
         await server.reaches(job, 12)
         await server.dies()
         with pytest.raises(EngineAway) as away:
-            await server.dispatcher.check({"prompt": [PROMPT]})
+            await server.dispatcher.engine.check({"prompt": [PROMPT]})
         assert away.value.retry_after >= 1 and "SIGKILL" in away.value.reason
         ended = await server.end(job)
         assert server.dispatcher.engine.restarts == restarts + 1
@@ -599,7 +430,7 @@ def test_an_engine_that_cannot_load_tells_why(tmp_path: Path, run: Run) -> None:
         while killed.dispatcher.engine.pid is None:
             await asyncio.sleep(0.01)
         with pytest.raises(EngineAway, match="loading"):
-            await killed.dispatcher.check({"prompt": [PROMPT]})
+            await killed.dispatcher.engine.check({"prompt": [PROMPT]})
         killed.kill_engine()
         with pytest.raises(RunFailure, match="SIGKILL"):
             await starting
@@ -611,7 +442,7 @@ def test_an_engine_that_cannot_load_tells_why(tmp_path: Path, run: Run) -> None:
 def test_no_engine_outlives_its_server(tmp_path: Path) -> None:
     script = f"""
 import asyncio
-from test_dispatcher import Path, Server
+from dispatching import Path, Server
 async def main():
     server = Server(Path({str(tmp_path)!r}))
     starting = asyncio.create_task(server.dispatcher.start())
