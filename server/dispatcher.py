@@ -12,7 +12,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
@@ -22,7 +22,7 @@ from sgl_diffusion.server.args import ServeArgs
 from sgl_diffusion.server.database import StoreUnavailable
 from sgl_diffusion.server.engine_process import EngineAway, EngineProcess
 from sgl_diffusion.server.folders import Folders
-from sgl_diffusion.server.jobs import Ended, Job, JobEvent, Kind, NewJob, Preview, Progress, Status, UploadState
+from sgl_diffusion.server.jobs import Ended, Job, JobEvent, Kind, NewJob, Progress, Status, UploadState
 from sgl_diffusion.server.news import Feed, News
 from sgl_diffusion.server.replicas import Replicas, environments, of_a_replica
 from sgl_diffusion.server.scheduler import POLL_S, Scheduler
@@ -42,6 +42,7 @@ class Dispatcher:
 
     Attributes:
         schedulers: one an engine.
+        news: of all jobs that this server works on.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class Dispatcher:
         upload_state: UploadState = UploadState.LOCAL,
     ) -> None:
         self._args, self._store, self._folders = serve_args, store, folders
-        self._thread, self._news = StoreThread(), News()
+        self._thread, self.news = StoreThread(), News()
         self._alone = serve_args.database_url is None  # no other server touches these jobs
         load = messages.Load(
             server_args=of_a_replica(server_args).model_dump(mode="json", exclude_unset=True),
@@ -64,7 +65,7 @@ class Dispatcher:
             EngineProcess(load, self._wake, environment) for environment in environments(server_args, os.environ)
         ]
         self.schedulers = [
-            Scheduler(serve_args, store, self._thread, folders, engine, self._news, upload_state)
+            Scheduler(serve_args, store, self._thread, folders, engine, self.news, upload_state)
             for engine in self._engines
         ]
         # where jobs are drawn together, which of them can be is found out as they are drawn
@@ -72,16 +73,6 @@ class Dispatcher:
         self._working: list[asyncio.Task[None]] = []
         self._tending: asyncio.Task[None] | None = None
         self._stop: asyncio.Task[None] | None = None
-
-    @property
-    def on_event(self) -> list[Callable[[str, Progress | Preview], None]]:
-        """Called with all progress and previews of this server's jobs, in the event loop."""
-        return self._news.on_event
-
-    @property
-    def on_end(self) -> list[Callable[[Job], None]]:
-        """Called with every job that ends on this server, in the event loop."""
-        return self._news.on_end
 
     # -- life ------------------------------------------------------------------------
 
@@ -161,7 +152,7 @@ class Dispatcher:
     async def _wind_down(self) -> None:
         for scheduler in self.schedulers:
             scheduler.stop()
-        self._news.dismiss(lambda job_id: not self._is_ours(job_id))
+        self.news.dismiss(lambda job_id: not self._is_ours(job_id))
         if self._working:
             _, late = await asyncio.wait(self._working, timeout=self._args.shutdown_timeout)
             if late:
@@ -172,7 +163,7 @@ class Dispatcher:
         if self._tending is not None:
             self._tending.cancel()
         await asyncio.gather(*(engine.stop() for engine in self._engines))
-        self._news.dismiss(lambda _: True)
+        self.news.dismiss(lambda _: True)
 
     # -- what clients want -----------------------------------------------------------
 
@@ -192,6 +183,8 @@ class Dispatcher:
         idle = None if new.kind is Kind.VIDEO else next((s for s in self.schedulers if s.is_idle), None)
         with nullcontext() if idle is None else idle.reserved():
             limit = self._args.max_queue_size
+            if idle is not None:
+                idle.expect(new)
             job, is_new = await self._thread.run(self._store.add, new, limit, take=idle is not None)
             if is_new and idle is not None and job.status is Status.IN_PROGRESS:
                 idle.hand(job)
@@ -201,12 +194,12 @@ class Dispatcher:
 
     def drawn(self, job_id: str) -> Job | None:
         """A job whose end was told to those who wait for it, as long as the store does not know that yet."""
-        return self._news.drawn.get(job_id)
+        return self.news.drawn.get(job_id)
 
     async def counts(self) -> dict[Status, int]:
-        """Jobs of every status. Ends that were told are counted: they are being recorded, and that is waited for."""
-        run = self._thread.run if self._news.drawn else asyncio.to_thread
-        return await run(self._store.counts)
+        """Jobs of every status, those among them whose end was told."""
+        await self.news.recorded()
+        return await asyncio.to_thread(self._store.counts)
 
     async def cancel(self, job_id: str) -> Job | None:
         """Ends a waiting job, and a running one after its current step. One that has ended stays as it is.
@@ -214,6 +207,9 @@ class Dispatcher:
         Returns:
             The job as it is now; None if there is none.
         """
+
+        if (drawn := self.drawn(job_id)) is not None:
+            return drawn
 
         def ask() -> tuple[Job | None, bool]:
             before, now = self._store.get(job_id), self._store.ask_cancel(job_id)
@@ -224,7 +220,7 @@ class Dispatcher:
 
         now, has_ended = await self._thread.run(ask)
         if now is not None and has_ended:
-            self._news.tell_end(now)
+            self.news.tell_end(now)
         self._unwant(job_id)
         return now
 
@@ -246,7 +242,7 @@ class Dispatcher:
             known: the job as it is now; it is looked up where that is not known.
             end_only: steps on the way do not wake the watcher.
         """
-        with self._news.feed(job_id, end_only=end_only) as feed:
+        with self.news.feed(job_id, end_only=end_only) as feed:
             if until is not None:
                 until.add_done_callback(lambda _: feed.put(None))
             yield self._events(job_id, known, feed)

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,20 @@ class Batch:
         self.jobs = order.jobs
         self.left = {job.id: job for job in order.jobs}  # without those whose end is told
         self._told_at = 0.0  # of the last progress
+        self._prepared: SamplingParams | None = None  # of one job, whose folder is there and empty
+
+    def prepare(self) -> None:
+        """Does beforehand what a job that was never begun begins with. What cannot be done, `draw` finds out again."""
+        (job,) = self.jobs
+        folder = self.folders.unfinished(job.id)
+        with suppress(UserError, OSError):
+            _empty(folder)
+            self._prepared = self._params([job], folder)
+
+    def drop(self) -> None:
+        """Of what was prepared, nothing is left."""
+        for job in self.jobs:
+            shutil.rmtree(self.folders.unfinished(job.id), ignore_errors=True)
 
     def draw(self) -> None:
         """Tells of every job exactly one end, unless it raises something unforeseen (see `fail`)."""
@@ -87,7 +101,7 @@ class Batch:
 
     def _attempt(self, jobs: Sequence[DrawnJob]) -> bool:
         """Draws the jobs together. False if that failed, and is worth trying job by job."""
-        snapshot = self._last_snapshot(jobs[0]) if len(jobs) == 1 else None
+        snapshot = self._last_snapshot(jobs[0]) if len(jobs) == 1 and self._prepared is None else None
         try:
             try:
                 self._draw(jobs, snapshot)
@@ -107,20 +121,23 @@ class Batch:
         return True
 
     def _draw(self, jobs: Sequence[DrawnJob], snapshot: Snapshot | None) -> None:
+        params, self._prepared = self._prepared, None
+        if params is not None:
+            self._draw_with(params, jobs, snapshot)
+            return
         for job in jobs:
             _empty(self.folders.unfinished(job.id))
         if len(jobs) == 1:
-            self._draw_into(self.folders.unfinished(jobs[0].id), jobs, snapshot)
+            self._draw_with(self._params(jobs, self.folders.unfinished(jobs[0].id)), jobs, snapshot)
             return
         shared = self.folders.unfinished(f"batch_{uuid.uuid4().hex}")  # not of a job, as any of them may be cancelled
         _empty(shared)
         try:
-            self._draw_into(shared, jobs, snapshot)
+            self._draw_with(self._params(jobs, shared), jobs, snapshot)
         finally:
             shutil.rmtree(shared, ignore_errors=True)
 
-    def _draw_into(self, folder: Path, jobs: Sequence[DrawnJob], snapshot: Snapshot | None) -> None:
-        params = self._params(jobs, folder)
+    def _draw_with(self, params: SamplingParams, jobs: Sequence[DrawnJob], snapshot: Snapshot | None) -> None:
         stage, kept = "", False
         with closing(self.engine.generate(params, resume=snapshot)) as events:
             for event in events:
@@ -132,7 +149,7 @@ class Batch:
                     self._progress(jobs, stage, 0, 0)
                 elif isinstance(event, StepDone):
                     if time.monotonic() - self._told_at >= PROGRESS_S:
-                        os.utime(folder)  # old ones that are no job's are removed
+                        os.utime(params.output_path)  # old ones that are no job's are removed
                         self._progress(jobs, stage, event.step, event.total)
                     if kept := event.step < event.total and self.keep.is_set():
                         self._snapshot(jobs, event.drawing)
@@ -224,6 +241,9 @@ class Batch:
             for i, (path, output) in enumerate(zip(result.paths[share], result.outputs[share], strict=True)):
                 placed = path.replace(folder / f"{i}{path.suffix}")
                 files.append(ResultFile(placed.name, MEDIA_TYPES[placed.suffix], placed.stat().st_size, output.seed))
+            shutil.rmtree(final, ignore_errors=True)  # of an attempt whose end nobody heard of
+            os.replace(folder, final)
+            self.tell(messages.Drawn(job=job.id, results=files))  # who waits for them does not wait for the report
             report = result.report.model_copy(
                 update={
                     "request_id": job.id,
@@ -233,10 +253,11 @@ class Batch:
                     "effective": result.report.effective | {"jobs_in_batch": len(jobs)},
                 }
             )
-            report.write(folder / REPORT)
-            shutil.rmtree(final, ignore_errors=True)  # of an attempt whose end nobody heard of
-            os.replace(folder, final)
-            self._end(messages.Finished(job=job.id, results=files))
+            try:
+                report.write(final / REPORT)
+            except RunFailure as e:  # the results are there all the same
+                log.error("%s has no report: %s", job.id, e)
+            self._end(messages.Finished(job=job.id))
 
     def _keep_latents(self, job: DrawnJob, failure: Failure) -> Failure:
         """A request that failed after its last step left its latents, and says where: they can be decoded yet."""

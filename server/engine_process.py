@@ -23,17 +23,20 @@ from sgl_diffusion.server.messages import (
     LINE,
     LOAD,
     Answer,
+    Begin,
     Broken,
     Check,
     CheckPassed,
     CheckRefused,
     Draw,
+    Drop,
     Finished,
     JobMessage,
     Keep,
     Load,
     LoadFailed,
     Order,
+    Prepare,
     RankFailed,
     Ready,
     read_answer,
@@ -108,6 +111,7 @@ class EngineProcess:
         self._calls = count()
         self._checks: dict[int, asyncio.Future[Checked]] = {}
         self._told: asyncio.Queue[JobMessage | Died] | None = None
+        self._prepared: Draw | None = None
 
     # -- life ------------------------------------------------------------------------
 
@@ -209,6 +213,7 @@ class EngineProcess:
 
     def _bury(self, reason: str) -> None:
         """Tells those who wait for an answer that there will be none."""
+        self._prepared = None
         for future in self._checks.values():
             if not future.done():
                 future.set_exception(self.away())
@@ -252,13 +257,29 @@ class EngineProcess:
         with suppress(EngineAway):  # then nothing is drawn
             self.send(Keep())
 
+    def prepare(self, order: Draw) -> None:
+        """Has the engine, which draws nothing, get ready for an order that is given to `draw` next, or to nobody.
+
+        Raises EngineAway.
+        """
+        self.send(Prepare(order=order))
+        self._prepared = order
+
+    def drop(self) -> None:
+        """What was prepared will not be drawn."""
+        if self._prepared is not None:
+            self._prepared = None
+            with suppress(EngineAway):
+                self.send(Drop())
+
     def draw(self, order: Draw) -> asyncio.Queue[JobMessage | Died]:
         """Begins to draw; what is told of it comes out of the queue. The engine draws one order at a time.
 
         Raises:
             EngineAway: there is nobody to draw.
         """
-        self.send(order)
+        prepared, self._prepared = self._prepared, None
+        self.send(Begin() if order is prepared else order)
         self._told = asyncio.Queue()
         return self._told
 

@@ -61,6 +61,7 @@ async def content(here: Context, job: Job, index: int) -> Response:
 
 async def report(here: Context, job: Job) -> Response:
     """Raises ApiError: there is none (yet)."""
+    await here.dispatcher.news.recorded()  # results are told of before their report is there
     return await _file(here.folders.results(job.id) / REPORT, media_type="application/json")
 
 

@@ -1,8 +1,8 @@
 """What the API process and the engine process tell each other: JSON, an object a line, over a socket. Torch-free.
 
 They meet in a folder that the API process makes. `Load` lies there; orders go over the line; the engine answers `Ready`
-or `LoadFailed`, then tells how they go. Of every job in a `Draw` it tells exactly one end: `Finished`, `Failed`,
-`Cancelled` or `Kept`, unless the process dies.
+or `LoadFailed`, then tells how they go. Of every job in a `Draw` it tells exactly one end: `Finished` (after
+`Drawn`), `Failed`, `Cancelled` or `Kept`, unless the process dies.
 """
 
 from __future__ import annotations
@@ -67,6 +67,21 @@ class Draw(Message):
     snapshot_every: int
 
 
+class Prepare(Message):
+    """An order that may be given soon: `Begin` gives it, `Drop` or any other order says that it will not be."""
+
+    kind: Literal["prepare"] = "prepare"
+    order: Draw
+
+
+class Begin(Message):
+    kind: Literal["begin"] = "begin"
+
+
+class Drop(Message):
+    kind: Literal["drop"] = "drop"
+
+
 class Cancel(Message):
     kind: Literal["cancel"] = "cancel"
     job: str
@@ -78,7 +93,7 @@ class Keep(Message):
     kind: Literal["keep"] = "keep"
 
 
-Order = Check | Draw | Cancel | Keep
+Order = Check | Draw | Prepare | Begin | Drop | Cancel | Keep
 
 
 # -- from the engine --------------------------------------------------------------------
@@ -140,12 +155,19 @@ class Preview(Message):
     data: bytes
 
 
-class Finished(Message):
+class Drawn(Message):
     """The results are in the job's folder."""
+
+    kind: Literal["drawn"] = "drawn"
+    job: str
+    results: Sequence[ResultFile]
+
+
+class Finished(Message):
+    """So is the report, if the disk took it."""
 
     kind: Literal["finished"] = "finished"
     job: str
-    results: Sequence[ResultFile]
 
 
 class Failed(Message):
@@ -173,7 +195,7 @@ class Broken(Message):
     reason: str
 
 
-JobMessage = Progress | Preview | Finished | Failed | Cancelled | Kept
+JobMessage = Progress | Preview | Drawn | Finished | Failed | Cancelled | Kept
 Answer = Ready | LoadFailed | RankFailed | CheckPassed | CheckRefused | Broken | JobMessage
 
 _order: TypeAdapter[Order] = TypeAdapter(Annotated[Order, Field(discriminator="kind")])

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from sgl_diffusion.server.jobs import Ended, Job, JobEvent, Preview, Progress
+
+RECORDED_WITHIN_S, LOOK_EVERY_S = 1.0, 0.002  # an end that was told
 
 
 class Feed:
@@ -94,6 +96,14 @@ class News:
             feed.put(Ended(job))
         for hook in self.on_end:  # after those who wait for the results
             asyncio.get_running_loop().call_soon(hook, job)
+
+    async def recorded(self) -> None:
+        """Until the ends that were told are in the store, with the reports; or until that takes too long."""
+        told = set(self.drawn)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(RECORDED_WITHIN_S):
+                while told & self.drawn.keys():
+                    await asyncio.sleep(LOOK_EVERY_S)
 
     def forget(self, job_id: str) -> None:
         """It is not worked on any more."""

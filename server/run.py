@@ -149,11 +149,11 @@ async def _serve(
             from sgl_diffusion.server.spans import TracedRequests  # OpenTelemetry is not installed for everyone
 
             open_.callback(tracing.close)
-            dispatcher.on_event.append(tracing.on_event)
-            dispatcher.on_end.append(tracing.on_end)
+            dispatcher.news.on_event.append(tracing.on_event)
+            dispatcher.news.on_end.append(tracing.on_end)
             app = TracedRequests(app, tracing)
-        dispatcher.on_event.append(job_log.on_event)
-        dispatcher.on_end.extend([job_log.on_end, metrics.on_end])
+        dispatcher.news.on_event.append(job_log.on_event)
+        dispatcher.news.on_end.extend([job_log.on_end, metrics.on_end])
         stop = asyncio.Event()
 
         def on_signal() -> None:
@@ -166,7 +166,7 @@ async def _serve(
         serving = await open_.enter_async_context(http.running(listener))
         if uploader is not None:
             wake = uploader.wake
-            dispatcher.on_end.append(lambda job: wake())
+            dispatcher.news.on_end.append(lambda job: wake())
             await uploader.start()
             open_.push_async_callback(uploader.stop)
         sweeping = asyncio.create_task(_sweep(retention))

@@ -17,7 +17,7 @@ from sgl_diffusion.server.args import ServeArgs
 from sgl_diffusion.server.database import StoreUnavailable
 from sgl_diffusion.server.engine_process import Died, EngineAway, EngineProcess
 from sgl_diffusion.server.folders import Folders
-from sgl_diffusion.server.jobs import Failure, Job, Kind, Preview, Progress, ResultFile, Status, UploadState
+from sgl_diffusion.server.jobs import Failure, Job, Kind, NewJob, Preview, Progress, ResultFile, Status, UploadState
 from sgl_diffusion.server.messages import Draw, DrawnJob
 from sgl_diffusion.server.news import News
 from sgl_diffusion.server.store import JobStore
@@ -58,6 +58,7 @@ class Scheduler:
         self._alone = args.database_url is None  # no other server adds jobs
         self._unwanted: set[str] = set()  # of ours, those that a client cancelled
         self._resting = self._is_reserved = self._stopping = False
+        self._expected: Draw | None = None  # the engine gets ready for it
         self._handed: tuple[Job, Told | None] | None = None  # None: the engine does not know of it yet
 
     async def work(self) -> None:
@@ -83,7 +84,7 @@ class Scheduler:
 
     async def _rest(self) -> None:
         self._resting = True
-        await self._woken(POLL_S)
+        await _set_within(POLL_S, self._wake)
         while self._is_reserved:
             self._wake.clear()
             await self._wake.wait()
@@ -102,15 +103,26 @@ class Scheduler:
         try:
             yield
         finally:
+            if self._expected is not None:
+                self._expected = None
+                self._engine.drop()
             self._is_reserved = False
             self._wake.set()
 
+    def expect(self, new: NewJob) -> None:
+        """Has the engine get ready for a job that may be handed over next, if no other can join it."""
+        if not _has_room([new], self.args.max_batch_size):
+            self._expected = _order([new], self.args.snapshot_every)
+            with suppress(EngineAway):
+                self._engine.prepare(self._expected)
+
     def hand(self, job: Job) -> None:
-        """Draws a job, which this server has claimed, as the next. The engine begins now if no other can join it."""
+        """Draws the job that was expected, and that this server has claimed, as the next."""
         self.mine[job.id], told = job, None
-        if not self._has_room([job]):
+        if (expected := self._expected) is not None:
+            self._expected = None
             with suppress(EngineAway):  # then it goes back, as any other
-                told = self._begin([job])
+                told = self._begin(expected)
         self._handed = job, told
         self._wake.set()
 
@@ -133,10 +145,10 @@ class Scheduler:
 
     async def _with_company(self, jobs: list[Job]) -> list[Job]:
         """The job whose turn it is, if any, and others that can be drawn with it, for which it waits a little."""
-        if not jobs or not self._has_room(jobs) or not self._is_sociable(jobs[0]):
+        if not jobs or not _has_room(jobs, self.args.max_batch_size) or not self._is_sociable(jobs[0]):
             return jobs
         deadline = time.monotonic() + self.args.batch_wait_ms / 1000
-        while self._has_room(jobs) and not self._stopping:
+        while _has_room(jobs, self.args.max_batch_size) and not self._stopping:
             self._wake.clear()
             room = self.args.max_batch_size - _results(jobs)
             try:
@@ -145,26 +157,15 @@ class Scheduler:
                 log.error("%s is drawn without company: %s", jobs[0].id, e)
                 break
             jobs += more
-            if not more and not await self._woken(deadline - time.monotonic()):
+            if not more and not await _set_within(deadline - time.monotonic(), self._wake):
                 break
         self._wake.set()  # others may have come
         return jobs
-
-    def _has_room(self, jobs: Sequence[Job]) -> bool:
-        """Whether one more like these fits into their batch."""
-        return _results(jobs) + _results(jobs[:1]) <= self.args.max_batch_size
 
     async def _claim(self, **wanted: Any) -> list[Job]:
         jobs = await self._thread.run(self.store.claim, **wanted)
         self.mine |= {job.id: job for job in jobs}
         return jobs
-
-    async def _woken(self, timeout: float) -> bool:
-        """False after `timeout` seconds."""
-        with suppress(TimeoutError):
-            async with asyncio.timeout(timeout):
-                return await self._wake.wait()
-        return False
 
     def _is_sociable(self, job: Job) -> bool:
         """Whether others may be drawn with it: not if it goes on from a snapshot, nor if the engine died of it."""
@@ -180,7 +181,7 @@ class Scheduler:
     async def _draw(self, batch: Sequence[Job]) -> None:
         """Until all of them have ended, or are back in the queue."""
         try:
-            told = self._begin(batch)
+            told = self._begin(_order(batch, self.args.snapshot_every))
         except EngineAway:
             for job in batch:
                 await self._give_back(job, crashed=False)
@@ -189,15 +190,15 @@ class Scheduler:
             self.unwant(job_id)
         await self._follow(batch, told)
 
-    def _begin(self, batch: Sequence[Job]) -> Told:
+    def _begin(self, order: Draw) -> Told:
         """Has the engine draw. Raises EngineAway."""
         if self._stopping:
             raise self._engine.away()
-        drawn = [DrawnJob(id=job.id, sampling=job.sampling, presentation=job.presentation) for job in batch]
-        return self._engine.draw(Draw(jobs=drawn, snapshot_every=self.args.snapshot_every))
+        return self._engine.draw(order)
 
     async def _follow(self, batch: Sequence[Job], told: Told) -> None:
         left, recorded, begun = {job.id: job for job in batch}, time.monotonic(), False
+        drawn: dict[str, Sequence[ResultFile]] = {}
         while left:
             match await told.get():
                 case messages.Progress(jobs=ids, stage=stage, step=step, steps=steps):
@@ -209,9 +210,11 @@ class Scheduler:
                         await self._record_step(ids, step, steps)
                 case messages.Preview(job=job_id, index=index, step=step, data=data):
                     self.news.tell(job_id, Preview(index, step, data))
-                case messages.Finished(job=job_id, results=results):
+                case messages.Drawn(job=job_id, results=results):
+                    drawn[job_id] = results
                     await self._tell_drawn(left[job_id], results)
-                    await self._end(left.pop(job_id), self.store.complete, results, self.upload_state)
+                case messages.Finished(job=job_id):
+                    await self._complete(left.pop(job_id), drawn[job_id])
                 case messages.Failed(job=job_id, failure=failure):
                     await self._end(left.pop(job_id), self.store.fail, failure)
                 case messages.Cancelled(job=job_id):
@@ -220,7 +223,10 @@ class Scheduler:
                     await self._give_back(left.pop(job_id), crashed=False)
                 case Died(reason=reason, killed=killed):
                     for job in left.values():
-                        await self._survive(job, reason, guilty=begun and not killed)
+                        if job.id in drawn:
+                            await self._complete(job, drawn[job.id])
+                        else:
+                            await self._survive(job, reason, guilty=begun and not killed)
                     return
 
     async def _record_step(self, job_ids: Sequence[str], step: int, steps: int) -> None:
@@ -230,6 +236,9 @@ class Scheduler:
             log.warning("progress is not recorded: %s", e)
 
     # -- the end of a job --------------------------------------------------------------
+
+    async def _complete(self, job: Job, results: Sequence[ResultFile]) -> None:
+        await self._end(job, self.store.complete, results, self.upload_state)
 
     async def _survive(self, job: Job, reason: str, *, guilty: bool) -> None:
         """The engine died while it drew the job, perhaps of it: once more, but not for ever."""
@@ -273,5 +282,22 @@ class Scheduler:
         return job
 
 
-def _results(jobs: Sequence[Job]) -> int:
+def _order(batch: Sequence[Job | NewJob], snapshot_every: int) -> Draw:
+    drawn = [DrawnJob(id=job.id, sampling=job.sampling, presentation=job.presentation) for job in batch]
+    return Draw(jobs=drawn, snapshot_every=snapshot_every)
+
+
+async def _set_within(seconds: float, event: asyncio.Event) -> bool:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            return await event.wait()
+    return False
+
+
+def _has_room(batch: Sequence[Job | NewJob], most: int) -> bool:
+    """Whether one more job like the first fits into a batch of at most so many results."""
+    return _results(batch) + _results(batch[:1]) <= most
+
+
+def _results(jobs: Sequence[Job | NewJob]) -> int:
     return sum(int(job.sampling.get("num_outputs_per_prompt", 1)) for job in jobs)

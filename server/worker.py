@@ -15,7 +15,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,15 +34,18 @@ from sgl_diffusion.server.messages import (
     LINE,
     LOAD,
     Answer,
+    Begin,
     Broken,
     Cancel,
     Check,
     CheckPassed,
     CheckRefused,
     Draw,
+    Drop,
     Keep,
     Load,
     LoadFailed,
+    Prepare,
     RankFailed,
     Ready,
     read_order,
@@ -50,6 +53,7 @@ from sgl_diffusion.server.messages import (
 
 if TYPE_CHECKING:
     from sgl_diffusion.runtime.engine import Engine
+    from sgl_diffusion.server.drawing import Batch
 
 log = logging.getLogger("sgl_diffusion")
 
@@ -63,7 +67,7 @@ class Worker:
     def __init__(self, load: Load, server_args: ServerArgs, line: socket.socket) -> None:
         self._in, self._out = line.makefile("rb"), line.makefile("wb")
         self._speaking = threading.Lock()
-        self._orders: queue.SimpleQueue[Draw] = queue.SimpleQueue()
+        self._orders: queue.SimpleQueue[Draw | Prepare | Begin | Drop] = queue.SimpleQueue()
         self._cancelled: set[str] = set()
         self._keep = threading.Event()
         self._server_args = server_args
@@ -80,7 +84,7 @@ class Worker:
         threading.Thread(target=self._listen, daemon=True, name="listener").start()
         from sgl_diffusion.runtime.card import card
         from sgl_diffusion.runtime.engine import Engine
-        from sgl_diffusion.server.drawing import Batch, is_fatal
+        from sgl_diffusion.server.drawing import is_fatal
 
         try:
             self._engine = engine = Engine.load(self._server_args)
@@ -90,9 +94,7 @@ class Worker:
         if engine.device.type == "cpu":
             os.nice(POLITENESS)
         self.tell(Ready(card=card(engine)))
-        while True:
-            order = self._orders.get()
-            batch = Batch(engine, self._folders, order, self.tell, self._cancelled, self._keep)
+        for batch in self._ordered(engine):
             try:
                 batch.draw()
             except Exception as e:
@@ -104,10 +106,34 @@ class Worker:
                     self.tell(Broken(reason=str(e).splitlines()[0]))
                     os._exit(1)
                 batch.fail(Failure("the engine failed in a way that it does not know; its log has more"))
-            self._cancelled.difference_update(job.id for job in order.jobs)
+            self._cancelled.difference_update(job.id for job in batch.jobs)
             if engine.lockstep.broken:
                 self.tell(Broken(reason="a request failed on some of its ranks, which are started again"))
                 os._exit(1)
+
+    def _ordered(self, engine: Engine) -> Iterator[Batch]:
+        """What is to be drawn, one after the other, for ever."""
+        from sgl_diffusion.server.drawing import Batch
+
+        prepared: Batch | None = None
+        while True:
+            order = self._orders.get()
+            if isinstance(order, Begin):
+                assert prepared is not None, "Begin follows Prepare"
+                yield prepared
+                prepared = None
+                continue
+            if prepared is not None:
+                prepared.drop()
+                prepared = None
+            if not isinstance(order, Drop):
+                draw = order.order if isinstance(order, Prepare) else order
+                batch = Batch(engine, self._folders, draw, self.tell, self._cancelled, self._keep)
+                if isinstance(order, Prepare):
+                    batch.prepare()
+                    prepared = batch
+                else:
+                    yield batch
 
     def _listen(self) -> None:
         """Until the API process closes the line, or dies: nothing is to work for nobody."""
@@ -116,7 +142,7 @@ class Worker:
                 match read_order(line):
                     case Check(call=call, sampling=sampling):
                         self.tell(self._check(call, sampling))
-                    case Draw() as order:
+                    case Draw() | Prepare() | Begin() | Drop() as order:
                         self._orders.put(order)
                     case Cancel(job=job):
                         self._cancelled.add(job)

@@ -38,7 +38,7 @@ class Server:
         self.args = args = ServeArgs(data_dir=str(folder), **{"snapshot_every": 5, "max_batch_size": 4, **serve})
         self.dispatcher = Dispatcher(model, args, self.store, self.folders, upload)
         self.ended: list[str] = []
-        self.dispatcher.on_end.append(lambda job: self.ended.append(job.id))
+        self.dispatcher.news.on_end.append(lambda job: self.ended.append(job.id))
 
     async def submit(self, prompt: str = PROMPT, *, new: dict[str, Any] | None = None, **sampling: Any) -> Job:
         checked = await self.dispatcher.engine.check({"prompt": [prompt], **sampling})

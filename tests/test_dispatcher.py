@@ -25,9 +25,13 @@ from sgl_diffusion.server.context import Context
 from sgl_diffusion.server.database import StoreUnavailable
 from sgl_diffusion.server.dispatcher import EngineAway
 from sgl_diffusion.server.drawing import PROGRESS_S
+from sgl_diffusion.server.engine_process import EngineProcess
 from sgl_diffusion.server.errors import ApiError
+from sgl_diffusion.server.files import report
+from sgl_diffusion.server.folders import REPORT
 from sgl_diffusion.server.jobs import Ended, Job, Kind, Preview, Progress, Status, UploadState
 from sgl_diffusion.server.logs import JobLog
+from sgl_diffusion.server.messages import Answer, Finished
 
 
 @pytest.fixture(scope="module")
@@ -209,10 +213,20 @@ def test_who_waits_for_a_picture_has_it_before_it_is_recorded(
         assert known is not None and known.status is Status.IN_PROGRESS and job.id not in server.ended
         assert server.dispatcher.drawn(job.id) == told.job
         assert await server.watched(job) == [told]  # who comes late
+        assert await server.dispatcher.cancel(job.id) == told.job  # as it is
         here = Context(MODEL, server.args, server.dispatcher, server.store, server.folders, 0, JobLog())
         assert await here.job(job.id, "", Kind.IMAGE) == told.job
         with pytest.raises(ApiError, match=job.id):
             await here.job(job.id, "another tenant")
+        there, away = server.folders.results(job.id) / REPORT, server.folders.results(job.id) / "away"
+        while not there.exists():
+            await asyncio.sleep(0.01)
+        there.rename(away)
+        reading = asyncio.create_task(report(here, told.job))
+        await asyncio.sleep(0.1)
+        assert not reading.done(), "it is being written"
+        away.rename(there)
+        assert (await reading).status_code == 200
         has_room.set()
         await server.end(job)
         recorded = server.store.get(job.id)
@@ -365,6 +379,35 @@ def test_a_job_that_kills_the_engine_twice_fails_and_the_next_is_drawn(server: S
         assert not server.folders.snapshot(job.id).exists()
         await server.comes_back()
         assert (await server.end(await server.submit(num_inference_steps=1))).status is Status.COMPLETED
+
+    run(scenario())
+
+
+def test_a_job_whose_engine_is_killed_as_it_writes_the_report_is_drawn(
+    server: Server, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its results are there, and may be with its client."""
+
+    async def scenario() -> None:
+        hear = EngineProcess._hear
+
+        def without_the_end(engine: EngineProcess, answer: Answer) -> None:
+            if isinstance(answer, Finished):
+                server.kill_engine()
+            else:
+                hear(engine, answer)
+
+        await server.rests()
+        with monkeypatch.context() as patch:
+            patch.setattr(EngineProcess, "_hear", without_the_end)
+            job = await server.submit(num_inference_steps=2)
+            ended = await server.end(job)
+        recorded = server.store.get(job.id)
+        assert recorded is not None and (recorded.status, recorded.crashes) == (Status.COMPLETED, 0)
+        assert recorded.results == ended.results and server.files(recorded)
+        while server.dispatcher.engine.state == "ready":
+            await asyncio.sleep(0.01)
+        await server.comes_back()
 
     run(scenario())
 

@@ -14,11 +14,12 @@ from dispatching import PROMPT, Run, Server
 
 from sgl_diffusion.runtime.checked import Checked
 from sgl_diffusion.runtime.errors import UserError
+from sgl_diffusion.server.database import StoreUnavailable
 from sgl_diffusion.server.dispatcher import EngineAway
 from sgl_diffusion.server.engine_process import EngineProcess
 from sgl_diffusion.server.jobs import Job, Kind, NewJob, Status
-from sgl_diffusion.server.messages import Draw
-from sgl_diffusion.server.scheduler import POLL_S, Scheduler, Told
+from sgl_diffusion.server.messages import Begin, Check, Drop, Order, Prepare
+from sgl_diffusion.server.scheduler import POLL_S, Scheduler
 from sgl_diffusion.server.verdicts import MOST, Verdicts
 
 
@@ -31,6 +32,21 @@ def server(
     runner.run(started.dispatcher.start())
     yield started
     runner.run(started.dispatcher.stop())
+
+
+@pytest.fixture
+def orders(monkeypatch: pytest.MonkeyPatch) -> list[Order]:
+    """What engines are told, as it happens, but for questions."""
+    told: list[Order] = []
+    send = EngineProcess.send
+
+    def noted(engine: EngineProcess, order: Order) -> None:
+        if not isinstance(order, Check):
+            told.append(order)
+        send(engine, order)
+
+    monkeypatch.setattr(EngineProcess, "send", noted)
+    return told
 
 
 # -- how a picture gets to it ----------------------------------------------------------
@@ -52,31 +68,86 @@ def test_a_picture_goes_to_an_idle_engine_without_a_stay_in_the_queue(server: Se
     run(scenario())
 
 
-def test_a_picture_that_none_can_join_is_told_to_the_engine_at_once(
-    server: Server, run: Run, monkeypatch: pytest.MonkeyPatch
+def test_the_engine_gets_ready_for_a_picture_that_none_can_join_and_begins_as_it_is_handed_over(
+    server: Server, run: Run, orders: list[Order], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
-        told: list[list[str]] = []
-        at_once: list[int] = []
-        draw, hand = EngineProcess.draw, Scheduler.hand
+        told_by_then: list[list[type[Order]]] = []
+        hand = Scheduler.hand
 
-        def noted(engine: EngineProcess, order: Draw) -> Told:
-            told.append([job.id for job in order.jobs])
-            return draw(engine, order)
-
-        def handed(scheduler: Scheduler, job: Job) -> None:
+        def noted(scheduler: Scheduler, job: Job) -> None:
             hand(scheduler, job)
-            at_once.append(len(told))
+            told_by_then.append([type(order) for order in orders])
 
-        monkeypatch.setattr(EngineProcess, "draw", noted)
-        monkeypatch.setattr(Scheduler, "hand", handed)
+        monkeypatch.setattr(Scheduler, "hand", noted)
         for outputs in (1, 3):  # of batches of four, three leave no room for three others
             await server.rests()
-            told.clear()
-            job = await server.submit(num_inference_steps=1, num_outputs_per_prompt=outputs)
-            await server.end(job)
-            assert told == [[job.id]]
-        assert at_once == ([1, 1] if server.args.max_batch_size == 1 else [0, 1])
+            orders.clear()
+            await server.end(await server.submit(num_inference_steps=1, num_outputs_per_prompt=outputs))
+        at_once = [Prepare, Begin]
+        assert told_by_then == ([at_once, at_once] if server.args.max_batch_size == 1 else [[], at_once])
+
+    run(scenario())
+
+
+def test_what_the_engine_got_ready_for_in_vain_leaves_nothing(
+    server: Server, run: Run, orders: list[Order], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A repeated request is the first one; and the database may take nothing."""
+
+    async def scenario() -> None:
+        folders, key = server.folders, uuid.uuid4().hex
+        sampling = {"prompt": [PROMPT], "num_inference_steps": 1, "num_outputs_per_prompt": 3}
+        first, second, third, fourth = (
+            NewJob(id=f"img_{uuid.uuid4().hex}", kind=Kind.IMAGE, sampling=sampling, idempotency_key=name)
+            for name in (key, key, None, None)
+        )
+        await server.rests()
+        job, is_new = await server.dispatcher.submit(first)
+        ended = await server.end(job)
+        await server.rests()
+        orders.clear()
+        assert await server.dispatcher.submit(second) == (server.store.get(first.id), False) and is_new
+        await server.rests()
+        with monkeypatch.context() as broken, pytest.raises(StoreUnavailable):
+            broken.setattr(server.store, "add", _full)
+            await server.dispatcher.submit(third)
+        assert [type(order) for order in orders] == [Prepare, Drop] * 2
+        await server.rests()
+        last, _ = await server.dispatcher.submit(fourth)
+        assert server.files(await server.end(last)) == server.files(ended)
+        assert not any(folders.unfinished(new.id).exists() for new in (second, third, fourth))
+
+    run(scenario())
+
+
+def _full(*_: Any, **__: Any) -> Any:
+    raise StoreUnavailable("database or disk is full")
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+def test_an_engine_that_dies_as_it_got_ready_is_not_the_pictures_fault(
+    comes_back: bool, server: Server, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor does another engine know of what it got ready for."""
+
+    async def scenario() -> None:
+        loop, add, restarts = asyncio.get_running_loop(), server.store.add, server.dispatcher.engine.restarts
+
+        def slowly(*args: Any, **how: Any) -> tuple[Job, bool]:
+            asyncio.run_coroutine_threadsafe(server.dies(), loop).result(60)
+            if comes_back:
+                asyncio.run_coroutine_threadsafe(server.comes_back(), loop).result(60)
+            return add(*args, **how)
+
+        await server.rests()
+        with monkeypatch.context() as patch:
+            patch.setattr(server.store, "add", slowly)
+            job = await server.submit(num_inference_steps=1, num_outputs_per_prompt=3)
+        ended = await server.end(job)
+        assert (job.status, ended.status, ended.crashes) == (Status.IN_PROGRESS, Status.COMPLETED, 0)
+        await server.comes_back()
+        assert server.dispatcher.engine.restarts == restarts + 1
 
     run(scenario())
 
